@@ -1,0 +1,31 @@
+"""The command line: one file a command, no logic. TensorFlow is imported by the commands that need it, when they run."""
+
+import sys
+
+import typer
+
+from tfxfer.cli import demo, evaluate, export, predict, sources, train, verify
+from tfxfer.errors import TfxferError
+
+app = typer.Typer(
+    name="tfxfer",
+    help="Transfer learning for Keras and TensorFlow: photos in, a fine-tuned, evaluated, exported and verified model out.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+for module in (demo, sources, train, evaluate, predict, export, verify):
+    app.command(module.NAME, help=module.HELP)(module.run)
+
+
+def main() -> None:
+    """Run the command line; errors of ours become one sentence and their exit status."""
+    try:
+        app()
+    except TfxferError as error:
+        print(f"tfxfer: {error}", file=sys.stderr)
+        sys.exit(error.exit_status)
+    except KeyboardInterrupt:
+        print("tfxfer: interrupted.", file=sys.stderr)
+        sys.exit(130)

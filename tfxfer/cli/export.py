@@ -1,0 +1,33 @@
+"""`tfxfer export RUN`."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from tfxfer.cli.show import Live, print_json, quiet_libraries, stdout
+from tfxfer.cli.verify import table_of
+
+NAME = "export"
+HELP = "Export a run again, and certify every artifact in its own runtime."
+
+
+def run(
+    run: Annotated[Path, typer.Argument(help="Folder of a run.")],
+    formats: Annotated[str, typer.Option(help="Comma-separated: saved_model, onnx.")] = "saved_model,onnx",
+    out: Annotated[Path | None, typer.Option(help="Folder for the artifacts; RUN/exports by default.")] = None,
+    json: Annotated[bool, typer.Option("--json", help="Print one JSON document.")] = False,
+) -> None:
+    quiet_libraries()
+    from tfxfer.workflow.run import load_run
+
+    found = load_run(run)
+    with Live() as progress:
+        progress.phase("exporting and verifying")
+        from tfxfer.workflow.api import export
+
+        certificates = export(found, out, formats=[name.strip() for name in formats.split(",") if name.strip()])
+    if json:
+        print_json([certificate.to_dict() for certificate in certificates])
+    else:
+        stdout.print(table_of(certificates, str(out or run / "exports")))

@@ -1,0 +1,137 @@
+"""What the commands share: progress on stderr, JSON on stdout, quiet libraries, tables."""
+
+import json
+import os
+import sys
+import time
+import warnings
+from typing import Any
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, SpinnerColumn, TextColumn, TimeElapsedColumn
+from rich.progress import Progress as Bars
+from rich.table import Table
+
+from tfxfer.runtime.progress import Progress
+
+stderr = Console(stderr=True, highlight=False)
+stdout = Console(highlight=False)
+
+
+def quiet_libraries() -> None:
+    """Before TensorFlow is imported: its start-up lines are not for users."""
+    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
+    os.environ.setdefault("GRPC_VERBOSITY", "ERROR")
+    warnings.showwarning = _one_line
+
+
+def _one_line(message, category, filename, lineno, file=None, line=None) -> None:
+    if category.__module__.startswith("tfxfer"):
+        stderr.print(f"{category.__name__}: {message}", style="yellow")
+
+
+class Live(Progress):
+    """A live bar on a terminal, plain lines elsewhere."""
+
+    def __init__(self) -> None:
+        self._began = time.monotonic()
+        self._bars = None
+        if stderr.is_terminal:
+            self._bars = Bars(
+                SpinnerColumn(), TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(),
+                console=stderr, transient=True,
+            )  # fmt: skip
+            self._bars.start()
+            self._task = self._bars.add_task("starting", total=None)
+
+    def phase(self, name: str, total: int | None = None) -> None:
+        if self._bars:
+            self._bars.reset(self._task, description=name, total=total)
+        else:
+            stderr.print(f"[{time.monotonic() - self._began:6.1f} s] {name}", markup=False)
+
+    def update(self, done: int, total: int | None = None) -> None:
+        if self._bars:
+            self._bars.update(self._task, completed=done, total=total)
+
+    def note(self, text: str) -> None:
+        if not self._bars:
+            stderr.print(f"[{time.monotonic() - self._began:6.1f} s] {text}", markup=False)
+
+    def __enter__(self) -> "Live":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._bars:
+            self._bars.stop()
+
+
+def print_json(value: Any) -> None:
+    """One JSON document on stdout."""
+    json.dump(value, sys.stdout, indent=2)
+    sys.stdout.write("\n")
+
+
+def interval(score: dict[str, float]) -> str:
+    """A score with its interval, such as `0.857 (0.812 to 0.898)`."""
+    return f"{score['value']:.3f} ({score['low']:.3f} to {score['high']:.3f})"
+
+
+def print_scores(scores: dict[str, Any], title: str) -> None:
+    """Scores with intervals, and a line a class."""
+    table = Table(title=title, title_justify="left")
+    table.add_column("score")
+    table.add_column("value (95 % interval)")
+    for name in ("accuracy", "macro_f1", "balanced_accuracy", "log_loss", "calibration_error"):
+        table.add_row(name.replace("_", " "), interval(scores[name]))
+    stdout.print(table)
+    classes = Table()
+    for column in ("class", "precision", "recall", "f1", "images"):
+        classes.add_column(column, justify="left" if column == "class" else "right")
+    for row in scores["per_class"]:
+        classes.add_row(row["name"], *(f"{row[key]:.3f}" for key in ("precision", "recall", "f1")), str(row["support"]))
+    stdout.print(classes)
+    stdout.print(f"{scores['interval']}. {scores['covers']}")
+
+
+def print_run(info: dict[str, Any], folder: Any) -> None:
+    """The end of `train`: what came out and how sure we are."""
+    table = Table(title=f"{folder}", title_justify="left", show_header=False)
+    data, metrics = info["data"], info["metrics"]
+    counts = {part: sum(classes.values()) for part, classes in data["counts"].items()}
+    table.add_row("data", f"{len(data['classes'])} classes; " + ", ".join(f"{n} {part}" for part, n in counts.items()))
+    if data["quarantined"]:
+        table.add_row("quarantined", f"{len(data['quarantined'])} files, listed in run.json")
+    table.add_row("source", f"{info['source']['name']} ({info['source']['licence']})")
+    table.add_row("chosen", info["chosen"].replace("_", "-"))
+    audit = info["freeze_audit"]
+    table.add_row("frozen", f"{audit['freeze_depth']} of {audit['num_blocks']} blocks, bit-identical after training")
+    for part, scores in metrics.items():
+        table.add_row(f"{part} accuracy", interval(scores["accuracy"]))
+        table.add_row(f"{part} macro F1", interval(scores["macro_f1"]))
+    for certificate in info.get("certificates", ()):
+        table.add_row(
+            certificate["format"],
+            f"verified, largest difference {certificate['max_abs_difference']:.1e} on {certificate['num_images']} images",
+        )
+    table.add_row("baseline", describe_baseline(info.get("baseline", {})))
+    timings = info["timings"]
+    ready = timings["model_ready_after_process_start"]
+    table.add_row(
+        "time", f"{timings['process_start_to_now']:.0f} s in all; model ready after {list(ready.values())[-1]:.0f} s"
+    )
+    stdout.print(table)
+    for warning in info.get("warnings", ()):
+        stdout.print(f"SplitMismatchWarning: {warning}")
+
+
+def describe_baseline(baseline: dict[str, Any]) -> str:
+    """The verdict in one line."""
+    if "best" not in baseline:
+        return "not compared (--no-baseline)"
+    proven = "" if baseline.get("proven", True) else "; not proven: the baseline had not converged"
+    return (
+        f"{baseline['verdict']}: {baseline['metric']} {baseline['model']:.3f} against {baseline['scores'][baseline['best']]:.3f} "
+        f"of the best baseline, {baseline['best']}; difference {baseline['difference']:+.3f} "
+        f"({baseline['low']:+.3f} to {baseline['high']:+.3f}){proven}"
+    )

@@ -1,0 +1,150 @@
+"""The one pass over all images: each is accepted with its digest, look and pixels, or refused with its reason."""
+
+import dataclasses
+import hashlib
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+
+from tfxfer.data.items import Content, Item
+from tfxfer.data.turned import local_patterns
+from tfxfer.runtime.files import sha256_of_bytes
+from tfxfer.runtime.images import (
+    ImageError,
+    Progress,
+    allocate_pixels,
+    image_of_array,
+    map_threads,
+    open_rgb,
+    read_bytes,
+    resize_square,
+    small_look,
+    to_rgb,
+)
+
+_PATTERN_SIZE_PX = 160
+_LOOK_SIZE_PX = 64  # where nobody asked for pixels: enough for the look, and JPEGs come shrunk
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Audit:
+    """What came out.
+
+    Attributes:
+        items: The accepted, in their order.
+        sha256: Of the content of each: the file's bytes, or an array's shape and bytes.
+        looks: (N, 32, 32, 3) uint8: each image small, to compare with others; `None` where not asked for.
+        patterns: (N, 60, 2) points and (N, 60, 96) descriptions of `local_patterns`; `None` where not asked for.
+        sides_px: (N,) shorter side of each image; of a large JPEG a fraction of it, never below 128.
+        pixels: (N, S, S, 3) uint8, where a size was asked for.
+        rejected: (id, reason) of the rest.
+    """
+
+    items: tuple[Item, ...]
+    sha256: tuple[str, ...]
+    looks: np.ndarray | None
+    patterns: tuple[np.ndarray, np.ndarray] | None
+    sides_px: np.ndarray
+    pixels: np.ndarray | None
+    rejected: tuple[tuple[str, str], ...]
+
+
+def audit(
+    items: Sequence[Item],
+    size_px: int | None,
+    looks: bool,
+    patterns: bool = False,
+    on_progress: Progress | None = None,
+) -> Audit:
+    """Decode every item once, on all cores.
+
+    Args:
+        items: What to decode.
+        size_px: Side of the pixels to keep; `None` keeps none.
+        looks: Whether to keep small looks.
+        patterns: Whether to keep local patterns, which take longer than decoding.
+        on_progress: Called with (done, total) from the calling thread.
+    """
+    small = np.empty((len(items), 32, 32, 3), np.uint8) if looks else None
+    local: list[tuple[np.ndarray, np.ndarray] | None] = [None] * len(items)
+    sides_px = np.zeros(len(items), np.int64)
+    smallest_px = max(size_px or _LOOK_SIZE_PX, _PATTERN_SIZE_PX if patterns else 1)
+    pixels = None if size_px is None else allocate_pixels(len(items), size_px)
+
+    def take(row: int) -> tuple[str, str]:
+        try:
+            sha256, image = open_content(items[row].content, smallest_px)
+        except ImageError as error:
+            return "", error.reason
+        sides_px[row] = min(image.size)
+        if small is not None:
+            small[row] = small_look(image)
+        if patterns:
+            local[row] = local_patterns(image)
+        if pixels is not None and size_px is not None:
+            pixels[row] = np.asarray(resize_square(image, size_px))
+        return sha256, ""
+
+    results = []
+    for result in map_threads(take, range(len(items))):
+        results.append(result)
+        if on_progress is not None:
+            on_progress(len(results), len(items))
+    kept = [row for row, (sha256, _) in enumerate(results) if sha256]
+    return Audit(
+        items=tuple(items[row] for row in kept),
+        sha256=tuple(results[row][0] for row in kept),
+        looks=None if small is None else rows_of(small, kept),
+        patterns=_stacked([local[row] for row in kept]) if patterns else None,
+        sides_px=sides_px[kept],
+        pixels=None if pixels is None else rows_of(pixels, kept),
+        rejected=tuple((item.id, reason) for item, (sha256, reason) in zip(items, results, strict=True) if not sha256),
+    )
+
+
+def _stacked(pairs: Sequence[tuple[np.ndarray, np.ndarray] | None]) -> tuple[np.ndarray, np.ndarray] | None:
+    found = [pair for pair in pairs if pair is not None]
+    return (np.stack([pair[0] for pair in found]), np.stack([pair[1] for pair in found])) if found else None
+
+
+def open_content(content: Content, size_px: int | None) -> tuple[str, Image.Image]:
+    """The SHA-256 and the upright RGB picture of an item; a JPEG may come shrunk, not below twice `size_px`.
+
+    Raises:
+        ImageError: Where it cannot be decoded.
+    """
+    if callable(content):
+        try:
+            content = content()
+        except ImageError:
+            raise
+        except Exception as error:  # whatever a foreign data set raises for one broken record
+            raise ImageError(f"its record cannot be read ({' '.join(str(error).split())[:120]})") from None
+    if isinstance(content, Path):
+        content = read_bytes(content)
+    if isinstance(content, bytes):
+        return sha256_of_bytes(content), open_rgb(content, size_px)
+    array = np.asarray(content) if isinstance(content, Image.Image) else content
+    digest = hashlib.sha256(f"{array.shape} {array.dtype}\0".encode())
+    digest.update(np.ascontiguousarray(array).data)
+    return digest.hexdigest(), to_rgb(content) if isinstance(content, Image.Image) else image_of_array(content)
+
+
+def rows_of(array: np.ndarray, rows: Sequence[int]) -> np.ndarray:
+    """The rows in the given order, brought together in place at the front; a view, so nothing is held twice.
+
+    Example:
+        >>> rows_of(np.array([10, 11, 12, 13]), [3, 1, 0]).tolist()
+        [13, 11, 10]
+    """
+    place = np.arange(len(array))  # place[slot]: the original row that lies in this slot now
+    slot_of = np.arange(len(array))
+    for slot, row in enumerate(rows):
+        source = slot_of[row]
+        if source != slot:
+            array[[slot, source]] = array[[source, slot]]
+            place[[slot, source]] = place[[source, slot]]
+            slot_of[place[slot]], slot_of[place[source]] = slot, source
+    return array[: len(rows)]

@@ -1,0 +1,176 @@
+"""Freezing by blocks, the states of BatchNorm, and the audit that frozen means bit-identical."""
+
+import hashlib
+
+import keras
+import numpy as np
+
+from tfxfer.errors import CheckError, InputError, did_you_mean
+from tfxfer.model.blocks import backbone_of, list_blocks, resolve_depth
+from tfxfer.specs import BATCH_NORM_STATES
+
+
+def freeze(model: keras.Model, depth: int | str = "all", *, batch_norm: str = "affine") -> keras.Model:
+    """Freeze the leading blocks of a model and train the rest. Sets the state: calling it again starts over.
+
+    Args:
+        model: Of `build_model` (its head always trains), or a backbone. Changed in place; compile afterwards.
+        depth: Number of leading blocks frozen, a block's name (inclusive), or "all".
+        batch_norm: What BatchNorm does in the blocks that train:
+            "frozen": nothing moves.
+            "affine": gamma and beta train, the statistics stay.
+            "adapt": the statistics are estimated anew, once, by `adapt_batch_norm`; gamma and beta stay.
+            "train": both move.
+            In frozen blocks nothing moves, ever.
+
+    Returns:
+        The model.
+
+    Raises:
+        InputError: Where `depth` matches no block or is out of range, or `batch_norm` is unknown.
+
+    Example:
+        >>> import keras
+        >>> net = keras.Sequential([keras.Input((4,)), keras.layers.Dense(3, name="a"), keras.layers.Dense(2, name="b")])
+        >>> [v.path for v in freeze(net, "a").trainable_variables]
+        ['b/kernel', 'b/bias']
+    """
+    if batch_norm not in BATCH_NORM_STATES:
+        raise InputError(f"Unknown batch_norm {batch_norm!r}. {did_you_mean(batch_norm, BATCH_NORM_STATES)}")
+    backbone = backbone_of(model)
+    blocks = list_blocks(backbone)
+    count = resolve_depth(blocks, depth)
+    model.trainable = True
+    backbone.trainable = True
+    for index, block in enumerate(blocks):
+        for name in block.layers:
+            layer = backbone.get_layer(name)
+            still = isinstance(layer, keras.layers.BatchNormalization) and batch_norm in ("frozen", "adapt")
+            layer.trainable = index >= count and not still
+    if backbone is not model:
+        _pin_inference(backbone, batch_norm != "train")
+    elif batch_norm == "affine" and _trained_batch_norms(backbone):
+        raise InputError(
+            f"Model {model.name!r} has no nested backbone whose mode could be fixed, so batch_norm='affine' cannot hold "
+            "its statistics still; use batch_norm='frozen' or 'train', or build the model with build_model."
+        )
+    return model
+
+
+def unfreeze(model: keras.Model, *, batch_norm: str = "affine") -> keras.Model:
+    """Train every block: `freeze(model, 0)`."""
+    return freeze(model, 0, batch_norm=batch_norm)
+
+
+def adapt_batch_norm(model: keras.Model, images, *, batch_size: int = 64) -> keras.Model:
+    """Estimate the statistics of BatchNorm in trained blocks anew, as averages over one pass of target images.
+
+    Args:
+        model: After `freeze(model, depth, batch_norm="adapt")`.
+        images: (N, H, W, C) array of what the model takes.
+        batch_size: Images a batch; the statistics are the mean of the batches' statistics.
+
+    Returns:
+        The model, in place; gamma, beta and all else stay.
+
+    Reference:
+        Li, Wang, Shi, Liu, Hou. Revisiting Batch Normalization For Practical Domain Adaptation. ICLR workshop 2017.
+    """
+    backbone = backbone_of(model)
+    blocks = list_blocks(backbone)
+    trained = [block for block in blocks if any(v.trainable for n in block.layers for v in backbone.get_layer(n).variables)]
+    layers = [backbone.get_layer(name) for block in trained for name in block.layers]
+    norms = [layer for layer in layers if isinstance(layer, keras.layers.BatchNormalization)]
+    kept = [(layer.momentum, layer.trainable) for layer in norms]
+    pinned = _is_pinned(backbone) if backbone is not model else False
+    if backbone is not model:
+        _pin_inference(backbone, False)
+    try:
+        for layer in norms:
+            layer.trainable = True  # only then does training=True use the batch
+        for step, start in enumerate(range(0, len(images), batch_size)):
+            for layer in norms:
+                layer.momentum = step / (step + 1)  # a running mean of all batches
+            model(images[start : start + batch_size], training=True)
+    finally:
+        for layer, (momentum, trainable) in zip(norms, kept, strict=True):
+            layer.momentum, layer.trainable = momentum, trainable
+        if backbone is not model:
+            _pin_inference(backbone, pinned)
+    return model
+
+
+def frozen_variables(model: keras.Model) -> dict[str, keras.Variable]:
+    """The variables that training must not move in the model's present state, by path."""
+    backbone = backbone_of(model)
+    moving = {id(v) for v in model.trainable_variables}
+    if backbone is model or not _is_pinned(backbone):
+        for layer in _trained_batch_norms(backbone):
+            moving |= {id(v) for v in layer.non_trainable_variables}
+    return {v.path: v for v in backbone.weights if id(v) not in moving}
+
+
+def digest_frozen(model: keras.Model) -> dict[str, str]:
+    """The SHA-256 of each frozen variable's bytes; taken before training for `audit_frozen` after it."""
+    return {path: _digest(variable) for path, variable in frozen_variables(model).items()}
+
+
+def audit_frozen(model: keras.Model, before: dict[str, str]) -> dict:
+    """Prove that what was frozen is bit-identical to what it was.
+
+    Args:
+        model: The trained model.
+        before: Of `digest_frozen`, taken before training.
+
+    Returns:
+        `bit_identical` (True), `num_variables`, `num_parameters`, `sha256` over all digests.
+
+    Raises:
+        CheckError: Where a frozen variable has moved; names the first.
+    """
+    variables = {v.path: v for v in backbone_of(model).weights}
+    moved = [path for path, digest in before.items() if _digest(variables[path]) != digest]
+    if moved:
+        raise CheckError(
+            f"The freeze audit failed: {len(moved)} of {len(before)} frozen variables changed during training, "
+            f"the first is {moved[0]}."
+        )
+    joined = "".join(f"{path}\0{digest}\n" for path, digest in sorted(before.items()))
+    return {
+        "bit_identical": True,
+        "num_variables": len(before),
+        "num_parameters": int(sum(np.prod(variables[path].shape) for path in before)),
+        "sha256": hashlib.sha256(joined.encode()).hexdigest(),
+    }
+
+
+def _digest(variable) -> str:
+    return hashlib.sha256(np.ascontiguousarray(variable.numpy()).tobytes()).hexdigest()
+
+
+def _trained_batch_norms(backbone):
+    return [
+        layer for layer in backbone.layers if isinstance(layer, keras.layers.BatchNormalization) and layer.trainable
+    ]
+
+
+def _calls(backbone):
+    # The nodes record how the surrounding model calls its nested backbone; the record is saved with the model.
+    # The first node belongs to the backbone's own construction only where it has been called on its own inputs.
+    return [node for node in backbone._inbound_nodes if "training" in node.arguments.kwargs]
+
+
+def _is_pinned(backbone) -> bool:
+    return any(node.arguments.kwargs["training"] is False for node in _calls(backbone))
+
+
+def _pin_inference(backbone, pinned: bool) -> None:
+    """Make the surrounding model call its backbone with training=False (statistics still, gamma and beta free), or not."""
+    calls = _calls(backbone)
+    if not calls:
+        raise InputError(
+            f"The backbone {backbone.name!r} was not called with a training argument, so BatchNorm cannot be held; "
+            "build the model with tfxfer.build_model."
+        )
+    for node in calls:
+        node.arguments.kwargs["training"] = False if pinned else None

@@ -1,0 +1,1 @@
+"""What works without TensorFlow: files, image decoding, the ONNX predictor."""

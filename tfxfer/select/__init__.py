@@ -1,0 +1,1 @@
+"""Whether transfer helped: baselines and the verdict."""

@@ -1,0 +1,92 @@
+"""The gate against negative transfer: what the transferred model must beat, and whether it does."""
+
+from typing import Any
+
+import keras
+import numpy as np
+from scipy.special import softmax
+
+from tfxfer.features.cut import cut_model
+from tfxfer.features.extract import FrozenPrefix, extract
+from tfxfer.methods.probe import fit_probe
+from tfxfer.metrics import metric_value
+from tfxfer.model.build import build_model
+from tfxfer.model.freeze import freeze
+from tfxfer.runtime.images import resize_image
+from tfxfer.select.pixels import PIXEL_SIZE_PX, pixel_baselines
+from tfxfer.select.verdict import verdict
+from tfxfer.specs import Plan, Source
+from tfxfer.train.stages import TrainingData
+
+MARGIN = 0.01
+
+
+def quick_baselines(card: Source, plan: Plan, data: TrainingData, test_pixels: np.ndarray) -> dict[str, np.ndarray]:
+    """Baselines that cost seconds, trained on the train and validation part.
+
+    Args:
+        card: The source, for its architecture.
+        plan: Image size, seed.
+        data: What training saw.
+        test_pixels: (M, S, S, 3) uint8.
+
+    Returns:
+        Names to (M, K) probabilities on the test images: the majority class, logistic regression and SVC on small
+        raw pixels, and the source's architecture with random weights under the same convex head.
+    """
+    small = [_shrink(pixels) for pixels in (*data.parts, test_pixels)]
+    found = pixel_baselines(
+        np.concatenate(small[:-1]), data.labels, small[-1],
+        num_classes=data.num_classes, seed=plan.seed, groups=data.groups, sample_weight=data.weights,
+    )  # fmt: skip
+    return {**found, "random weights, same head": random_features_baseline(card, plan, data, test_pixels)}
+
+
+def random_features_baseline(card: Source, plan: Plan, data: TrainingData, test_pixels: np.ndarray) -> np.ndarray:
+    """The same network without its pretrained weights, frozen, under the same convex head: (M, K) probabilities."""
+    keras.utils.set_random_seed(plan.seed)
+    model = build_model(card, data.num_classes, image_size=plan.image_size, weights=False)
+    freeze(model, "all", batch_norm="frozen")
+    cut = cut_model(model, len(card.blocks))
+    assert cut is not None  # a cut behind the last block crosses the features alone
+    found = extract(FrozenPrefix(cut), (*data.parts, test_pixels))
+    count = len(data.labels)
+    rows = data.all_rows
+    probe = fit_probe(
+        found.features[:, :count], data.labels, data.weights, data.groups, rows, rows[:0], data.num_classes, seed=plan.seed
+    )
+    return softmax(probe.head(rows).logits(found.features[0, count:]), axis=1)
+
+
+def judge_baselines(
+    probabilities: np.ndarray, baselines: dict[str, np.ndarray], labels, groups, *, metric: str, seed: int
+) -> dict[str, Any]:
+    """Compare a model with the best of its baselines on the same test images.
+
+    Args:
+        probabilities: (M, K), or (S, M, K) for S seeds.
+        baselines: Names to the same.
+        labels, groups: Of the test images.
+        metric: What is compared.
+        seed: Of the bootstrap.
+
+    Returns:
+        scores of all, the best one's name, difference, interval, margin, verdict.
+    """
+    scores = {name: _mean_metric(metric, labels, table) for name, table in baselines.items()}
+    best = max(scores, key=scores.__getitem__)
+    found = verdict(
+        probabilities, baselines[best], labels, groups=groups, metric=metric, margin=MARGIN, seed=seed
+    )
+    return {"metric": metric, "model": _mean_metric(metric, labels, probabilities), "scores": scores, "best": best, **found}
+
+
+def _mean_metric(metric: str, labels, probabilities) -> float:
+    tables = probabilities if probabilities.ndim == 3 else probabilities[None]
+    return float(np.mean([metric_value(metric, labels, table) for table in tables]))
+
+
+def _shrink(pixels: np.ndarray) -> np.ndarray:
+    if not len(pixels):
+        return np.zeros((0, PIXEL_SIZE_PX, PIXEL_SIZE_PX, 3), np.uint8)
+    return np.stack([resize_image(image, PIXEL_SIZE_PX) for image in pixels])

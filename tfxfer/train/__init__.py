@@ -1,0 +1,1 @@
+"""Training: recipes, the loop over their stages, the time limit."""

@@ -1,0 +1,1 @@
+"""What users ask for, from the layers below, in order."""

@@ -1,0 +1,64 @@
+"""From what a user says, and what is left open, to a Plan."""
+
+import dataclasses
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from tfxfer.errors import InputError, did_you_mean
+from tfxfer.sources.catalog import get_source
+from tfxfer.specs import Plan, Recipe, read_toml
+from tfxfer.train.recipes import get_recipe
+
+DEFAULT_SOURCE = "efficientnet_lite0_imagenet"
+STAGE_KEYS = ("freeze_depth", "epochs", "learning_rate", "batch_norm")
+
+
+def make_plan(config: str | Path | None = None, **given: Any) -> Plan:
+    """A complete plan: what is given wins over the file, the file over the defaults.
+
+    Args:
+        config: A TOML file with keys of `Plan`, such as a run's config.toml.
+        **given: Keys of `Plan`, and `freeze_depth`, `epochs`, `learning_rate`, `batch_norm` for the fine-tuning stages;
+            `None` stands for not given. `recipe` is a name or a `Recipe`.
+
+    Raises:
+        InputError: Where a key or a value is wrong, or a value is given twice.
+    """
+    given = {key: value for key, value in given.items() if value is not None}
+    stage = {key: given.pop(key) for key in STAGE_KEYS if key in given}
+    values: dict[str, Any] = read_toml(Path(config)) if config else {}
+    known = [field.name for field in dataclasses.fields(Plan)]
+    for key in values:
+        if key not in known:
+            raise InputError(f"{config}: unknown key {key!r}. {did_you_mean(key, known)}")
+    values |= given
+    values.setdefault("source", DEFAULT_SOURCE)
+    values.setdefault("image_size", get_source(values["source"]).image_size_px)
+    recipe = values.get("recipe", "auto")
+    values["recipe"] = _with_stage_values(_as_recipe(recipe), stage, own=isinstance(given.get("recipe"), Recipe))
+    return Plan.from_dict(values)
+
+
+def _as_recipe(recipe: Any) -> Recipe:
+    if isinstance(recipe, Recipe):
+        return recipe
+    return get_recipe(recipe) if isinstance(recipe, str) else Recipe.from_dict(recipe)
+
+
+def _with_stage_values(recipe: Recipe, stage: Mapping[str, Any], *, own: bool) -> Recipe:
+    if not stage:
+        return recipe
+    if own:
+        raise InputError(
+            f"{' and '.join(stage)} given both as an option and in the recipe {recipe.name!r}; set it in its stages only."
+        )
+    changes: dict[str, Any] = {key: value for key, value in stage.items() if key != "learning_rate"}
+    if "learning_rate" in stage:
+        changes["learning_rates"] = (float(stage["learning_rate"]),)
+    if "epochs" in stage:
+        changes["min_steps"] = False
+    stages = tuple(dataclasses.replace(s, **changes) if s.solver != "convex" else s for s in recipe.stages)
+    if stages == recipe.stages and all(s.solver == "convex" for s in stages):
+        raise InputError(f"Recipe {recipe.name!r} has no fine-tuning stage, so {' and '.join(stage)} would do nothing; drop it.")
+    return Recipe(recipe.name, stages)

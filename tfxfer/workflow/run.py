@@ -1,0 +1,178 @@
+"""A run: the folder with everything about one training."""
+
+import csv
+import functools
+import json
+import re
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from tfxfer.errors import InputError
+from tfxfer.runtime.files import atomic_path, write_json
+
+RUN_FILE = "run.json"
+MODEL_FILE = "model.keras"
+
+
+class Run:
+    """A finished (or interrupted) training on disk.
+
+    Attributes:
+        path: Its folder.
+        info: What run.json holds.
+
+    Example:
+        >>> run = load_run("runs/clothing-1")  # doctest: +SKIP
+        >>> run.metrics["test"]["accuracy"]["value"]  # doctest: +SKIP
+        0.86
+    """
+
+    def __init__(self, path: Path, info: dict[str, Any]):
+        self.path = Path(path)
+        self.info = info
+
+    def __repr__(self) -> str:
+        return f"Run({str(self.path)!r})"
+
+    @property
+    def class_names(self) -> tuple[str, ...]:
+        """Names of the classes in the order of the outputs."""
+        return tuple(self.info["data"]["classes"])
+
+    @property
+    def metrics(self) -> dict[str, Any]:
+        """`validation` and `test`, each as `tfxfer.metrics.score` returns it."""
+        return self.info.get("metrics", {})
+
+    @functools.cached_property
+    def model(self) -> Any:
+        """The trained `keras.Model`: images (N, H, W, C) in 0..255 to probabilities."""
+        import keras
+
+        import tfxfer.model.preprocess  # noqa: F401  registers AdaptImage
+
+        path = self.path / MODEL_FILE
+        if not path.is_file():
+            raise InputError(f"{self.path} has no {MODEL_FILE}; it is no finished run.")
+        return keras.models.load_model(path, compile=False)
+
+    @property
+    def history(self) -> list[dict[str, Any]]:
+        """One dict an epoch: stage, epoch, learning rate, losses, scores."""
+        path = self.path / "history.csv"
+        if not path.is_file():
+            return []
+        with path.open(newline="", encoding="utf-8") as file:
+            return [{key: _number(value) for key, value in row.items() if value != ""} for row in csv.DictReader(file)]
+
+    @property
+    def onnx_path(self) -> Path | None:
+        """The ONNX artifact, where there is one."""
+        path = self.path / "exports" / "model.onnx"
+        return path if path.is_file() else None
+
+    def predict(self, images: np.ndarray | Sequence, top_k: int | None = None) -> Any:
+        """Predict on paths or arrays, with the ONNX artifact where there is one (no TensorFlow is imported then).
+
+        Args:
+            images: (N, H, W, 3) uint8, or a list of paths, bytes and arrays (H, W, C) uint8.
+            top_k: Return names instead of numbers.
+
+        Returns:
+            (N, K) float32 probabilities; with `top_k` a list for each image of (class name, probability).
+        """
+        predict = self._predictor()
+        probabilities = predict(images)
+        if top_k is None:
+            return probabilities
+        order = np.argsort(-probabilities, axis=1, kind="stable")[:, :top_k]
+        names = self.class_names
+        return [[(names[k], float(row[k])) for k in best] for row, best in zip(probabilities, order, strict=True)]
+
+    def _predictor(self) -> Any:
+        if self.onnx_path:
+            from tfxfer.runtime.predictor import OnnxPredictor
+
+            return OnnxPredictor(self.onnx_path).predict
+        return functools.partial(predict_with_keras, self.model, self.info["plan"]["image_size"])
+
+
+def predict_with_keras(model: Any, size_px: int, images: np.ndarray | Sequence) -> np.ndarray:
+    """Probabilities by a Keras model for what `Run.predict` takes."""
+    from tfxfer.runtime.images import decode_image, resize_image
+
+    if not isinstance(images, np.ndarray):
+        pixels = [resize_image(i, size_px) if isinstance(i, np.ndarray) else decode_image(i, size_px) for i in images]
+        images = np.stack(pixels) if pixels else np.zeros((0, size_px, size_px, 3), np.uint8)
+    if not len(images):
+        return np.zeros((0, model.output_shape[-1]), np.float32)
+    return model.predict(images, verbose=0, batch_size=64)
+
+
+def load_run(path: str | Path) -> Run:
+    """Open a run folder.
+
+    Raises:
+        InputError: Where the folder is missing or holds no run.json.
+    """
+    path = Path(path)
+    file = path / RUN_FILE
+    if not path.is_dir():
+        raise InputError(f"There is no folder {path}; give the folder that `tfxfer train` wrote.")
+    if not file.is_file():
+        raise InputError(f"{path} is not a run: it has no {RUN_FILE}. Give the folder that `tfxfer train` wrote.")
+    try:
+        info = json.loads(file.read_text(encoding="utf-8"))
+        info["data"]["classes"], info["plan"]["image_size"]
+    except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError):
+        raise InputError(f"{file} is damaged; the run cannot be opened.") from None
+    return Run(path, info)
+
+
+def as_run(run: Run | str | Path) -> Run:
+    """A run, or the folder of one."""
+    return run if isinstance(run, Run) else load_run(run)
+
+
+def new_run_folder(out: str | Path | None, name: str) -> Path:
+    """The folder of a new run: `out`, or the next free `runs/NAME-N`. It is not made yet.
+
+    Raises:
+        InputError: Where `out` exists and is not an empty folder.
+    """
+    if out is None:
+        base = Path("runs")
+        stem = re.sub(r"[^A-Za-z0-9_.-]+", "-", name).strip("-") or "run"
+        taken = [int(found.name[len(stem) + 1 :]) for found in base.glob(f"{stem}-*") if found.name[len(stem) + 1 :].isdigit()]
+        return base / f"{stem}-{max(taken, default=0) + 1}"
+    out = Path(out)
+    if (out / RUN_FILE).exists():
+        raise InputError(f"{out} is already a run; give another --out, or remove it first.")
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise InputError(f"{out} exists and is not an empty folder; give another --out.")
+    return out
+
+
+def write_info(folder: Path, info: dict[str, Any]) -> None:
+    """Write run.json atomically."""
+    write_json(folder / RUN_FILE, info)
+
+
+def write_history(path: Path, history: list[dict[str, Any]]) -> None:
+    """Write history.csv atomically; a column for every key that comes up."""
+    columns = list(dict.fromkeys(key for row in history for key in row))
+    with atomic_path(path) as temporary, temporary.open("w", newline="", encoding="utf-8") as file:
+        writer = csv.DictWriter(file, columns)
+        writer.writeheader()
+        writer.writerows(history)
+
+
+def _number(text: str) -> Any:
+    try:
+        value = float(text)
+    except ValueError:
+        return text
+    return int(value) if value.is_integer() and "." not in text else value

@@ -1,0 +1,114 @@
+"""Evaluate and predict; with a run that has an ONNX artifact neither imports TensorFlow."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from tfxfer.data import load_test_data
+from tfxfer.errors import InputError
+from tfxfer.metrics import score
+from tfxfer.runtime.images import IMAGE_SUFFIXES, ImageError, decode_image
+from tfxfer.runtime.progress import Progress
+from tfxfer.sources.catalog import class_names_of, get_source
+from tfxfer.workflow.run import Run, as_run, load_run, predict_with_keras
+
+
+def evaluate(run: Run | str | Path, data: Any, *, group_by: str | None = None, progress: Progress | None = None) -> dict:
+    """Score a run on labelled images: the test part of a folder that has one, else all of it.
+
+    Args:
+        run: A run or its folder.
+        data: What `load_data` takes; classes must be among the run's.
+        group_by: Regular expression on paths, for intervals by group.
+        progress: Told about decoding.
+
+    Returns:
+        What `tfxfer.metrics.score` returns, and `quarantined`.
+    """
+    run = as_run(run)
+    size = run.info["plan"]["image_size"]
+    progress = progress or Progress()
+    progress.phase("reading images")
+    found = load_test_data(data, run.class_names, group_by=group_by, image_size=size, on_progress=progress.update)
+    test = found.part("test")
+    progress.phase("predicting")
+    probabilities = run.predict(found.pixels("test", size))
+    scores = score(test.labels, probabilities, run.class_names, groups=test.groups, weights=test.weights)
+    return {**scores, "quarantined": [{"path": path, "reason": reason} for path, reason in found.quarantined]}
+
+
+def predict(run: Run | str | Path, images: np.ndarray | Sequence, *, top_k: int | None = None) -> Any:
+    """Predict with a run; see `Run.predict`."""
+    return as_run(run).predict(images, top_k)
+
+
+def predict_with_source(source: str, images: Sequence, *, top_k: int = 5) -> list[list[tuple[str, float]]]:
+    """What a source's original output sees in images.
+
+    Args:
+        source: Name of a source.
+        images: Paths, bytes, or arrays (H, W, C) uint8.
+        top_k: Classes an image.
+
+    Returns:
+        For each image the likeliest (class name, probability).
+    """
+    card = get_source(source)
+    from tfxfer.model.build import build_original
+
+    table = predict_with_keras(build_original(card), card.image_size_px, images)
+    names = class_names_of(card)
+    return [[(names[k], float(row[k])) for k in np.argsort(-row, kind="stable")[:top_k]] for row in table]
+
+
+def predict_files(paths: Sequence[Path], *, source: str | None = None, top_k: int = 1) -> dict[str, list[dict]]:
+    """Predict on image files and folders of them, for the command line.
+
+    Args:
+        paths: A run's folder first, unless `source` is given; then images and folders, searched for images.
+        source: Name of a source whose original output is used.
+        top_k: Classes an image.
+
+    Returns:
+        `predictions`: path and classes (name, probability) each; `refused`: path and reason each.
+
+    Raises:
+        InputError: Where there is nothing to predict on.
+    """
+    run = None if source else load_run(paths[0])
+    files = _image_files(paths if source else paths[1:])
+    size = get_source(source).image_size_px if source else run.info["plan"]["image_size"]
+    pixels, kept, refused = [], [], []
+    for file in files:
+        try:
+            pixels.append(decode_image(file, size))
+            kept.append(file)
+        except ImageError as error:
+            refused.append({"path": str(file), "reason": error.reason})
+    found = predict_with_source(source, pixels, top_k=top_k) if source else run.predict(pixels, top_k)
+    return {
+        "predictions": [
+            {"path": str(file), "classes": [{"name": name, "probability": p} for name, p in best]}
+            for file, best in zip(kept, found, strict=True)
+        ],
+        "refused": refused,
+    }
+
+
+def _image_files(paths: Sequence[Path]) -> list[Path]:
+    files: list[Path] = []
+    for path in paths:
+        if path.is_dir():
+            inside = sorted(f for f in path.rglob("*") if f.is_file() and f.suffix.lower() in IMAGE_SUFFIXES)
+            if not inside:
+                raise InputError(f"No images in {path}; give image files or a folder that holds some.")
+            files += inside
+        elif path.is_file():
+            files.append(path)
+        else:
+            raise InputError(f"There is no file {path}.")
+    if not files:
+        raise InputError("Nothing to predict on; give image files or folders behind the run.")
+    return files
