@@ -21,7 +21,7 @@ _WHERE = {
     "Recipe": "tfxfer.specs",
     "Run": "tfxfer.workflow.run",
     "Source": "tfxfer.specs",
-    "SplitMismatchWarning": "tfxfer.workflow.training",
+    "SplitMismatchWarning": "tfxfer.metrics",
     "Stage": "tfxfer.specs",
     "TfxferError": "tfxfer.errors",
     "adapt_batch_norm": "tfxfer.model.freeze",

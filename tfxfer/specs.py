@@ -1,4 +1,4 @@
-"""The words of tfxfer as frozen dataclasses: Source, Stage, Recipe, Plan, Block, Certificate. Plain data, no TensorFlow."""
+"""The words of tfxfer as frozen dataclasses: Source, Stage, Recipe, Plan, Block, Certificate. Plain data only."""
 
 import dataclasses
 import tomllib
@@ -83,7 +83,8 @@ class Source(Spec):
         architecture: The builder's name in `tfxfer.sources.builders.BUILDERS`.
         licence: SPDX identifier of the weights.
         paper: Authors, title, venue, year.
-        weights: `package` and `file` inside it or a `file` beside the card, `sha256`, and `install`, the command that brings it.
+        weights: `package` and `file` inside it, or a `file` beside the card; `sha256`; `install`, the command that
+            brings the package.
         image_size_px: Side of the square input it was trained at.
         min_image_size_px: The smallest side that it takes.
         fixed_size: Whether it takes no other side (a Flatten inside).

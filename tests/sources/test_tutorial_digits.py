@@ -12,9 +12,8 @@ from tfxfer.sources.legacy_h5 import load_matching_weights, weights_path
 
 DATA = Path(os.environ.get("TFXFER_DATA", Path(__file__).parents[2].parent / "shared" / "data"))
 DIGITS_H5 = weights_path("digits_cnn", "digits_cnn.h5")
-SEEDS = (0, 1)
+SEEDS = (0, 1, 2, 3)
 IMAGES_A_CLASS = 10
-EPOCHS = 40
 
 
 def tutorial_network(num_classes=10):
@@ -54,26 +53,40 @@ def accuracy(model, images, labels):
     return float(np.mean(model.predict(images, batch_size=512, verbose=0).argmax(axis=1) == labels))
 
 
-def trained_accuracy(digits, num_classes, seed, *, transfer):
-    """Accuracy on USPS' test part after training on a few images a class, with and without the source's weights."""
-    keras.utils.set_random_seed(seed)
-    model = tutorial_network(num_classes)
-    if transfer:
-        load_matching_weights(model, DIGITS_H5)
-        for layer in model.layers[:4]:  # both convolutions with their pooling
-            layer.trainable = False
-    rng = np.random.default_rng(seed)
-    labels = digits["usps_train_y"]
-    picks = [rng.choice(np.flatnonzero(labels == digit), IMAGES_A_CLASS, replace=False) for digit in range(num_classes)]
-    chosen = np.concatenate(picks)
-    steps = EPOCHS * -(-len(chosen) // 32)
+def fit(model, images, labels, learning_rate, epochs):
+    steps = epochs * -(-len(images) // 32)
     model.compile(
-        optimizer=keras.optimizers.Adam(keras.optimizers.schedules.CosineDecay(1e-3, steps)),
+        optimizer=keras.optimizers.Adam(keras.optimizers.schedules.CosineDecay(learning_rate, steps)),
         loss=keras.losses.SparseCategoricalCrossentropy(from_logits=True),
     )
-    model.fit(prepared(digits["usps_train_x"][chosen]), labels[chosen], batch_size=32, epochs=EPOCHS, verbose=0)
-    test = digits["usps_test_y"] < num_classes
-    return accuracy(model, prepared(digits["usps_test_x"][test]), digits["usps_test_y"][test])
+    model.fit(images, labels, batch_size=32, epochs=epochs, verbose=0)
+
+
+def few_images(digits, num_classes, seed):
+    rng, labels = np.random.default_rng(seed), digits["usps_train_y"]
+    picks = [rng.choice(np.flatnonzero(labels == digit), IMAGES_A_CLASS, replace=False) for digit in range(num_classes)]
+    chosen = np.concatenate(picks)
+    return prepared(digits["usps_train_x"][chosen]), labels[chosen]
+
+
+def from_scratch(digits, num_classes, seed):
+    model = tutorial_network(num_classes)
+    fit(model, *few_images(digits, num_classes, seed), learning_rate=1e-3, epochs=50)
+    return model
+
+
+def transferred(digits, num_classes, seed):
+    model = tutorial_network(num_classes)
+    load_matching_weights(model, DIGITS_H5)
+    images, labels = few_images(digits, num_classes, seed)
+    for layer in model.layers[:-1]:  # the output first, everything below frozen
+        layer.trainable = False
+    frozen = model.layers[0].get_weights()
+    fit(model, images, labels, learning_rate=1e-2, epochs=30)
+    model.layers[-2].trainable = True  # then the hidden layer too, at a lower rate
+    fit(model, images, labels, learning_rate=3e-4, epochs=10)
+    assert all(np.array_equal(old, new) for old, new in zip(frozen, model.layers[0].get_weights(), strict=True))
+    return model
 
 
 def test_the_source_knows_mnist(digits):
@@ -91,14 +104,18 @@ def test_five_digits_list_the_output_that_does_not_fit():
         tutorial_network(5).load_weights(DIGITS_H5)
 
 
-# Seen: ten digits 0.95 against 0.81, digits 0 to 4 0.97 against 0.91.
-@pytest.mark.parametrize(("num_classes", "margin", "at_least"), [(10, 0.08, 0.92), (5, 0.03, 0.94)])
+# Seen over seeds 0 to 3: ten digits SEEN10; digits 0 to 4 SEEN5.
+@pytest.mark.parametrize(("num_classes", "margin", "at_least"), [(10, 0.08, 0.93), (5, 0.025, 0.945)])
 def test_transfer_beats_training_from_scratch_on_few_images(digits, num_classes, margin, at_least):
-    transferred, scratch = (
-        np.array([trained_accuracy(digits, num_classes, seed, transfer=transfer) for seed in SEEDS])
-        for transfer in (True, False)
-    )
-    print(f"{num_classes} digits: transferred {transferred}, from scratch {scratch}")
-    assert scratch.mean() > 0.7  # the rival has learnt
-    assert transferred.mean() >= at_least
-    assert transferred.mean() - scratch.mean() >= margin
+    test = digits["usps_test_y"] < num_classes
+    images, labels = prepared(digits["usps_test_x"][test]), digits["usps_test_y"][test]
+    scores = {transferred: [], from_scratch: []}
+    for seed in SEEDS:
+        for train, found in scores.items():
+            keras.utils.set_random_seed(seed)
+            found.append(accuracy(train(digits, num_classes, seed), images, labels))
+    print(f"{num_classes} digits: transferred {scores[transferred]}, from scratch {scores[from_scratch]}")
+    mean_transferred, mean_scratch = np.mean(scores[transferred]), np.mean(scores[from_scratch])
+    assert mean_scratch > 0.7  # the rival has learnt
+    assert mean_transferred >= at_least
+    assert mean_transferred - mean_scratch >= margin

@@ -1,4 +1,4 @@
-"""The command line: one file a command, no logic. TensorFlow is imported by the commands that need it, when they run."""
+"""The command line: one file a command, no logic. Only commands that need TensorFlow import it, when they run."""
 
 import sys
 
@@ -9,7 +9,7 @@ from tfxfer.errors import TfxferError
 
 app = typer.Typer(
     name="tfxfer",
-    help="Transfer learning for Keras and TensorFlow: photos in, a fine-tuned, evaluated, exported and verified model out.",
+    help="Transfer learning for Keras and TensorFlow: photos in, a fine-tuned, scored and verified model out.",
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,

@@ -12,7 +12,9 @@ HELP = "Name what is in images, by a run (its ONNX artifact answers without Tens
 
 
 def run(
-    paths: Annotated[list[Path], typer.Argument(help="Folder of a run (not with --source), then images or folders of images.")],
+    paths: Annotated[
+        list[Path], typer.Argument(help="Folder of a run (not with --source), then images or folders of images.")
+    ],
     source: Annotated[str | None, typer.Option(help="Use a source's original output instead of a run.")] = None,
     top: Annotated[int, typer.Option(min=1, help="Classes shown for each image.")] = 1,
     json: Annotated[bool, typer.Option("--json", help="Print one JSON document.")] = False,
@@ -25,7 +27,9 @@ def run(
         print_json(found)
     else:
         for entry in found["predictions"]:
-            typer.echo(f"{entry['path']}\t" + "\t".join(f"{c['name']} {c['probability']:.4f}" for c in entry["classes"]))
+            typer.echo(
+                f"{entry['path']}\t" + "\t".join(f"{c['name']} {c['probability']:.4f}" for c in entry["classes"])
+            )
     for entry in found["refused"]:
         typer.echo(f"refused {entry['path']}: {entry['reason']}", err=True)
     if found["refused"]:

@@ -1,6 +1,8 @@
 """What the commands share: progress on stderr, JSON on stdout, quiet libraries, tables."""
 
+import contextlib
 import json
+import logging
 import os
 import sys
 import time
@@ -19,10 +21,23 @@ stdout = Console(highlight=False)
 
 
 def quiet_libraries() -> None:
-    """Before TensorFlow is imported: its start-up lines are not for users."""
-    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
-    os.environ.setdefault("GRPC_VERBOSITY", "ERROR")
+    """Before TensorFlow is imported: what its native code writes on stderr, whatever the log level, is not for users.
+
+    Python's own stderr goes on through a copy of the file descriptor. `TFXFER_VERBOSE=1` leaves everything as it is.
+    """
     warnings.showwarning = _one_line
+    with contextlib.suppress(OSError, AttributeError):  # a captured stderr has no descriptor
+        if not os.environ.get("TFXFER_VERBOSE") and sys.stderr.fileno() == 2:
+            _silence_native_stderr()
+
+
+def _silence_native_stderr() -> None:
+    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
+    logging.getLogger("tensorflow").setLevel(logging.ERROR)
+    sys.stderr = os.fdopen(os.dup(2), "w", buffering=1, encoding=sys.stderr.encoding, errors="backslashreplace")
+    nowhere = os.open(os.devnull, os.O_WRONLY)
+    os.dup2(nowhere, 2)
+    os.close(nowhere)
 
 
 def _one_line(message, category, filename, lineno, file=None, line=None) -> None:
@@ -38,7 +53,8 @@ class Live(Progress):
         self._bars = None
         if stderr.is_terminal:
             self._bars = Bars(
-                SpinnerColumn(), TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(),
+                SpinnerColumn(), TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(),
+                TimeElapsedColumn(),
                 console=stderr, transient=True,
             )  # fmt: skip
             self._bars.start()
@@ -112,7 +128,7 @@ def print_run(info: dict[str, Any], folder: Any) -> None:
     for certificate in info.get("certificates", ()):
         table.add_row(
             certificate["format"],
-            f"verified, largest difference {certificate['max_abs_difference']:.1e} on {certificate['num_images']} images",
+            f"verified, largest difference {certificate['max_abs_difference']:.1e}",
         )
     table.add_row("baseline", describe_baseline(info.get("baseline", {})))
     timings = info["timings"]
@@ -130,8 +146,9 @@ def describe_baseline(baseline: dict[str, Any]) -> str:
     if "best" not in baseline:
         return "not compared (--no-baseline)"
     proven = "" if baseline.get("proven", True) else "; not proven: the baseline had not converged"
+    best = baseline["scores"][baseline["best"]]
     return (
-        f"{baseline['verdict']}: {baseline['metric']} {baseline['model']:.3f} against {baseline['scores'][baseline['best']]:.3f} "
-        f"of the best baseline, {baseline['best']}; difference {baseline['difference']:+.3f} "
+        f"{baseline['verdict']}: {baseline['metric']} {baseline['model']:.3f} against {best:.3f} of the best baseline, "
+        f"{baseline['best']}; difference {baseline['difference']:+.3f} "
         f"({baseline['low']:+.3f} to {baseline['high']:+.3f}){proven}"
     )

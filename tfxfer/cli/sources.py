@@ -24,7 +24,9 @@ def run(
     if name:
         table = Table(title=name, title_justify="left", show_header=False)
         for key, value in cards[0].to_dict().items():
-            table.add_row(key, "\n".join(f"{k}: {v}" for k, v in value.items()) if isinstance(value, dict) else _text(value))
+            table.add_row(
+                key, "\n".join(f"{k}: {v}" for k, v in value.items()) if isinstance(value, dict) else _text(value)
+            )
         stdout.print(table)
         return
     table = Table()

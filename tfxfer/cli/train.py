@@ -15,7 +15,9 @@ Option = typer.Option
 
 
 def run(
-    data: Annotated[Path, typer.Argument(help="Folder of class folders (or of train/ test/ val/ that hold those), or a .csv.")],
+    data: Annotated[
+        Path, typer.Argument(help="Folder of class folders (or of train/ test/ val/ that hold those), or a .csv.")
+    ],
     source: Annotated[str | None, Option(help="Name of the pretrained source; see `tfxfer sources`.")] = None,
     recipe: Annotated[str | None, Option(help="auto, probe or full.")] = None,
     method: Annotated[str | None, Option(help="fine_tune, or probe (frozen features only).")] = None,
@@ -28,11 +30,15 @@ def run(
     augment: Annotated[str | None, Option(help="auto, mirror or none.")] = None,
     dropout: Annotated[float | None, Option(help="Rate before the head.")] = None,
     seed: Annotated[int | None, Option(help="Of split, shuffle and dropout.")] = None,
-    val_fraction: Annotated[float | None, Option(help="Share split off for validation where the data brings none.")] = None,
+    val_fraction: Annotated[
+        float | None, Option(help="Share split off for validation where the data brings none.")
+    ] = None,
     group_by: Annotated[str | None, Option(help="Regular expression on paths; what it captures names a group.")] = None,
     metric: Annotated[str | None, Option(help="accuracy, macro_f1 or balanced_accuracy: what is selected for.")] = None,
     split: Annotated[Path | None, Option(help="A split.csv of an earlier run to reuse.")] = None,
-    time_limit: Annotated[str | None, Option(help="Seconds, or 5m or 1h: stops between epochs and finishes properly.")] = None,
+    time_limit: Annotated[
+        str | None, Option(help="Seconds, or 5m or 1h: stops between epochs and finishes properly.")
+    ] = None,
     baseline: Annotated[str | None, Option(help="quick or scratch.")] = None,
     no_baseline: Annotated[bool, Option("--no-baseline", help="Skip the comparison with baselines.")] = False,
     seeds: Annotated[int | None, Option(help="Repeat both sides of the comparison so many times.")] = None,

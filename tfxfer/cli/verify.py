@@ -16,7 +16,9 @@ HELP = "Prove again that a run's artifacts are whole and compute what the model 
 
 def run(
     run: Annotated[Path, typer.Argument(help="Folder of a run, or of exports.")],
-    tolerance: Annotated[float | None, typer.Option(help="Largest difference of a probability; 1e-4 by default.")] = None,
+    tolerance: Annotated[
+        float | None, typer.Option(help="Largest difference of a probability; 1e-4 by default.")
+    ] = None,
     json: Annotated[bool, typer.Option("--json", help="Print one JSON document.")] = False,
 ) -> None:
     quiet_libraries()

@@ -64,7 +64,7 @@ def refuse_unit_range(images: Iterable[Any]) -> None:
         InputError: Where there are float images and all lie in 0..1.
     """
     floats = [image for image in map(np.asarray, images) if image.dtype.kind == "f" and image.size]
-    if floats and all(0 <= image.min() and image.max() <= 1 for image in floats):
+    if floats and all(image.min() >= 0 and image.max() <= 1 for image in floats):
         raise InputError("The images hold values in 0..1; expected 0..255: multiply them by 255.")
 
 

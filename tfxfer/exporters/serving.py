@@ -52,7 +52,7 @@ def facts(size_px: int, class_names: Sequence[str], metadata: Mapping[str, str])
         '["cat", "dog"]'
     """
     return {
-        **metadata,
+        **{key: str(value) for key, value in metadata.items()},
         "class_names": json.dumps(list(class_names), ensure_ascii=False),
         "image_size": str(size_px),
         "input": "images: uint8, (N, H, W, 3), RGB in 0..255, any height and width; no scaling by the caller",

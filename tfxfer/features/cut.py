@@ -54,5 +54,7 @@ def cut_model(model: keras.Model, depth: int) -> Cut | None:
 
 
 def _training_argument(backbone):
-    values = [node.arguments.kwargs["training"] for node in backbone._inbound_nodes if "training" in node.arguments.kwargs]
+    values = [
+        node.arguments.kwargs["training"] for node in backbone._inbound_nodes if "training" in node.arguments.kwargs
+    ]
     return False if False in values else None

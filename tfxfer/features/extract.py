@@ -127,4 +127,3 @@ def allocate(shape: tuple[int, ...], dtype: str = "float32") -> np.ndarray:
         return np.zeros(shape, dtype)
     with tempfile.NamedTemporaryFile(dir=Path(tempfile.gettempdir()), prefix="tfxfer-") as file:
         return np.memmap(file, dtype=dtype, mode="w+", shape=shape)  # the mapping outlives the name
-

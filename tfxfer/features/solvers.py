@@ -8,7 +8,7 @@ import scipy.optimize
 import scipy.special
 import threadpoolctl
 
-STRENGTHS = (3.0, 1.0, 0.3, 0.1, 0.03, 0.01, 0.003, 0.001, 3e-4, 1e-4)
+STRENGTHS = (3.0, 1.0, 0.3, 0.1, 0.03, 0.01, 0.003, 0.001, 3e-4, 1e-4, 3e-5, 1e-5)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -159,3 +159,27 @@ def choose_strength(path: LogisticPath, folds, strengths=STRENGTHS) -> tuple[flo
 def weighted_log_loss(log_probabilities, labels, weights=None) -> float:
     """Mean of -log p of the true class."""
     return -float(np.average(log_probabilities[np.arange(len(labels)), labels], weights=weights))
+
+
+def best_temperature(logits, labels, weights=None) -> tuple[float, float]:
+    """The temperature between 1/148 and 148 at which `softmax(logits / temperature)` has the least log loss.
+
+    Args:
+        logits: (N, K), or log probabilities.
+        labels: (N,) int.
+        weights: (N,) non-negative.
+
+    Returns:
+        Temperature and log loss.
+
+    Reference:
+        Guo, Pleiss, Sun, Weinberger. On Calibration of Modern Neural Networks. ICML 2017.
+    """
+    logits = np.asarray(logits, np.float64)
+
+    def loss(log_temperature: float) -> float:
+        scaled = logits / np.exp(log_temperature)
+        return weighted_log_loss(scaled - scipy.special.logsumexp(scaled, axis=1, keepdims=True), labels, weights)
+
+    found = scipy.optimize.minimize_scalar(loss, bounds=(-5.0, 5.0), method="bounded", options={"xatol": 1e-3})
+    return float(np.exp(found.x)), float(found.fun)

@@ -8,7 +8,6 @@ import numpy as np
 import scipy.special
 
 from tfxfer.features.extract import Extracted
-from tfxfer.features.solvers import weighted_log_loss
 from tfxfer.methods.schedule import WarmupCosine
 from tfxfer.specs import Stage
 
@@ -61,7 +60,7 @@ class Trained:
         epochs: Epochs that led to `weights`.
         history: One dict an epoch, as Keras logs it.
         held_log_probabilities: (n, K) of the held-out rows, plain view; None where there are none.
-        log_loss: Of those; NaN where there are none.
+        loss: Of those, with label smoothing; NaN where there are none.
     """
 
     weights: list[np.ndarray]
@@ -69,7 +68,7 @@ class Trained:
     epochs: int
     history: list[dict]
     held_log_probabilities: np.ndarray | None
-    log_loss: float
+    loss: float
 
 
 class SuffixTrainer:
@@ -85,7 +84,7 @@ class SuffixTrainer:
         weights: (N,) loss weights.
         stage: Epochs, schedule, decay, smoothing.
         batch_size: Images a step.
-        patience: Epochs without a better held-out log loss before a run stops.
+        patience: Epochs without a better held-out loss before a run stops.
     """
 
     def __init__(self, suffix, extracted: Extracted, labels, weights, stage: Stage, batch_size: int, patience: int = 4):
@@ -124,7 +123,7 @@ class SuffixTrainer:
         Args:
             rows: Images trained on.
             learning_rate: Peak.
-            held: Images whose log loss is watched; the best epoch's weights are kept.
+            held: Images whose loss is watched; the best epoch's weights are kept.
             epochs: Length of the schedule; the stage's by default.
             stop_after: Stop after so many epochs of the schedule (a refit to the best epoch found before).
             first_epoch: Number of the first epoch in what callbacks and history see.
@@ -141,8 +140,9 @@ class SuffixTrainer:
         if held is not None:
             validation = (self.extracted.activations[0][held], self.targets[held], self.weights[held])
             watch.append(
+                # The smoothed loss: the plain log loss would punish the caution that smoothing teaches.
                 keras.callbacks.EarlyStopping(
-                    monitor="val_log_loss", mode="min", patience=self.patience, restore_best_weights=True
+                    monitor="val_loss", mode="min", patience=self.patience, restore_best_weights=True
                 )
             )
         fitted = self.suffix.fit(
@@ -155,14 +155,17 @@ class SuffixTrainer:
             verbose=0,
         )
         history = [
-            {"epoch": epoch, "learning_rate": learning_rate, **{key: values[index] for key, values in fitted.history.items()}}
+            {
+                "epoch": epoch,
+                "learning_rate": learning_rate,
+                **{key: values[index] for key, values in fitted.history.items()},
+            }
             for index, epoch in enumerate(fitted.epoch)
         ]
         used, scores, loss = len(history), None, float("nan")
         if held is not None:
-            used = int(np.argmin([entry["val_log_loss"] for entry in history])) + 1
-            scores = self.log_probabilities(held)
-            loss = weighted_log_loss(scores, self.labels[held], self.weights[held])
+            used = int(np.argmin([entry["val_loss"] for entry in history])) + 1
+            scores, loss = self.log_probabilities(held), history[used - 1]["val_loss"]
         return Trained(self.suffix.get_weights(), learning_rate, used, history, scores, loss)
 
     def log_probabilities(self, rows) -> np.ndarray:

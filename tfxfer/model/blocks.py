@@ -96,6 +96,6 @@ def resolve_depth(blocks: tuple[Block, ...], depth: int | str) -> int:
         ) from None
     if isinstance(depth, bool) or count != float(depth) or not 0 <= count <= len(blocks):
         raise InputError(
-            f"Freeze depth {depth} is out of range: the backbone has {len(blocks)} blocks, so 0 to {len(blocks)} or 'all'."
+            f"Freeze depth {depth} is out of range: there are {len(blocks)} blocks; give 0 to {len(blocks)}, or all."
         )
     return count

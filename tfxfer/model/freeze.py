@@ -31,7 +31,8 @@ def freeze(model: keras.Model, depth: int | str = "all", *, batch_norm: str = "a
 
     Example:
         >>> import keras
-        >>> net = keras.Sequential([keras.Input((4,)), keras.layers.Dense(3, name="a"), keras.layers.Dense(2, name="b")])
+        >>> layers = [keras.layers.Dense(3, name="a"), keras.layers.Dense(2, name="b")]
+        >>> net = keras.Sequential([keras.Input((4,)), *layers])
         >>> [v.path for v in freeze(net, "a").trainable_variables]
         ['b/kernel', 'b/bias']
     """
@@ -51,8 +52,8 @@ def freeze(model: keras.Model, depth: int | str = "all", *, batch_norm: str = "a
         _pin_inference(backbone, batch_norm != "train")
     elif batch_norm == "affine" and _trained_batch_norms(backbone):
         raise InputError(
-            f"Model {model.name!r} has no nested backbone whose mode could be fixed, so batch_norm='affine' cannot hold "
-            "its statistics still; use batch_norm='frozen' or 'train', or build the model with build_model."
+            f"Model {model.name!r} has no nested backbone whose mode could be fixed, so batch_norm='affine' cannot "
+            "hold its statistics still; use batch_norm='frozen' or 'train', or build the model with build_model."
         )
     return model
 
@@ -78,7 +79,9 @@ def adapt_batch_norm(model: keras.Model, images, *, batch_size: int = 64) -> ker
     """
     backbone = backbone_of(model)
     blocks = list_blocks(backbone)
-    trained = [block for block in blocks if any(v.trainable for n in block.layers for v in backbone.get_layer(n).variables)]
+    trained = [
+        block for block in blocks if any(v.trainable for n in block.layers for v in backbone.get_layer(n).variables)
+    ]
     layers = [backbone.get_layer(name) for block in trained for name in block.layers]
     norms = [layer for layer in layers if isinstance(layer, keras.layers.BatchNormalization)]
     kept = [(layer.momentum, layer.trainable) for layer in norms]
@@ -165,7 +168,7 @@ def _is_pinned(backbone) -> bool:
 
 
 def _pin_inference(backbone, pinned: bool) -> None:
-    """Make the surrounding model call its backbone with training=False (statistics still, gamma and beta free), or not."""
+    """Make the surrounding model call its backbone with training=False (statistics still, gamma and beta free)."""
     calls = _calls(backbone)
     if not calls:
         raise InputError(

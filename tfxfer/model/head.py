@@ -42,7 +42,7 @@ def as_head(head) -> Classes:
     if isinstance(head, list | tuple) and all(isinstance(name, str) for name in head):
         return Classes(tuple(head))
     raise InputError(
-        f"The head must be Classes(names), a number of classes, a list of names or a Dataset, not {type(head).__name__}."
+        f"The head must be Classes(names), a number of classes, class names or a Dataset, not {type(head).__name__}."
     )
 
 

@@ -53,37 +53,46 @@ def random_features_baseline(card: Source, plan: Plan, data: TrainingData, test_
     count = len(data.labels)
     rows = data.all_rows
     probe = fit_probe(
-        found.features[:, :count], data.labels, data.weights, data.groups, rows, rows[:0], data.num_classes, seed=plan.seed
+        found.features[:, :count],
+        data.labels,
+        data.weights,
+        data.groups,
+        rows,
+        rows[:0],
+        data.num_classes,
+        seed=plan.seed,
     )
     return softmax(probe.head(rows).logits(found.features[0, count:]), axis=1)
 
 
 def judge_baselines(
-    probabilities: np.ndarray, baselines: dict[str, np.ndarray], labels, groups, *, metric: str, seed: int
+    probabilities: np.ndarray, baselines: dict[str, np.ndarray], labels, groups, weights, *, metric: str, seed: int
 ) -> dict[str, Any]:
     """Compare a model with the best of its baselines on the same test images.
 
     Args:
         probabilities: (M, K), or (S, M, K) for S seeds.
         baselines: Names to the same.
-        labels, groups: Of the test images.
+        labels, groups, weights: Of the test images; weights may be None.
         metric: What is compared.
         seed: Of the bootstrap.
 
     Returns:
         scores of all, the best one's name, difference, interval, margin, verdict.
     """
-    scores = {name: _mean_metric(metric, labels, table) for name, table in baselines.items()}
+    scores = {name: _mean_metric(metric, labels, table, weights) for name, table in baselines.items()}
     best = max(scores, key=scores.__getitem__)
     found = verdict(
-        probabilities, baselines[best], labels, groups=groups, metric=metric, margin=MARGIN, seed=seed
-    )
-    return {"metric": metric, "model": _mean_metric(metric, labels, probabilities), "scores": scores, "best": best, **found}
+        probabilities, baselines[best], labels,
+        groups=groups, weights=weights, metric=metric, margin=MARGIN, seed=seed,
+    )  # fmt: skip
+    ours = _mean_metric(metric, labels, probabilities, weights)
+    return {"metric": metric, "model": ours, "scores": scores, "best": best, **found}
 
 
-def _mean_metric(metric: str, labels, probabilities) -> float:
+def _mean_metric(metric: str, labels, probabilities, weights) -> float:
     tables = probabilities if probabilities.ndim == 3 else probabilities[None]
-    return float(np.mean([metric_value(metric, labels, table) for table in tables]))
+    return float(np.mean([metric_value(metric, labels, table, weights=weights) for table in tables]))
 
 
 def _shrink(pixels: np.ndarray) -> np.ndarray:

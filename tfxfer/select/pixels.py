@@ -6,14 +6,13 @@ from typing import Any
 import numpy as np
 from numpy.typing import ArrayLike
 from scipy.linalg import eigh
-from scipy.optimize import minimize_scalar
 from scipy.special import softmax
 from sklearn.linear_model import LogisticRegression
 from sklearn.svm import SVC
 from threadpoolctl import threadpool_limits
 
 from tfxfer.errors import InputError
-from tfxfer.metrics import log_loss
+from tfxfer.features.solvers import best_temperature
 from tfxfer.tally import checked_weights, group_numbers
 
 PIXEL_SIZE_PX = 16  # 24 and 32 gave the same accuracies to a point on photos and digits, for 2 to 4 times the numbers
@@ -123,7 +122,7 @@ def _tuned(
     best = (np.inf, strengths[0], 1.0)
     for strength in strengths:
         outputs = np.concatenate([_outputs(make(strength), data, fit, features[held]) for fit, held in pairs])
-        temperature, loss = _best_temperature(outputs, labels[held_out], weights[held_out])
+        temperature, loss = best_temperature(outputs, labels[held_out], weights[held_out])
         best = min(best, (loss, strength, temperature))
     return best[1], best[2]
 
@@ -149,14 +148,6 @@ def _outputs(
     outputs = np.full((len(features), num_classes), -np.inf)
     outputs[:, classifier.classes_] = values
     return outputs
-
-
-def _best_temperature(outputs: np.ndarray, labels: np.ndarray, weights: np.ndarray) -> tuple[float, float]:
-    def loss(log_temperature: float) -> float:
-        return log_loss(labels, softmax(outputs / np.exp(log_temperature), axis=1), weights)
-
-    found = minimize_scalar(loss, bounds=(-5, 5), method="bounded", options={"xatol": 0.01})
-    return float(np.exp(found.x)), float(found.fun)
 
 
 def _checked(

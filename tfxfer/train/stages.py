@@ -10,7 +10,7 @@ import numpy as np
 
 from tfxfer.features.cut import Cut, cut_model
 from tfxfer.features.extract import Extracted, FrozenPrefix, extract, join_views
-from tfxfer.features.solvers import LinearHead, weighted_log_loss
+from tfxfer.features.solvers import LinearHead, best_temperature
 from tfxfer.methods.fine_tune import SuffixTrainer, Trained, interpolate
 from tfxfer.methods.probe import Probe, fit_probe, make_folds
 from tfxfer.metrics import metric_value, paired_difference
@@ -109,7 +109,9 @@ def run_stages(
     Returns:
         The outcome.
     """
-    loop = _Loop(model, plan, tuple(stages), data, auto_depth, clock or Clock(), progress or Progress(), tuple(callbacks))
+    loop = _Loop(
+        model, plan, tuple(stages), data, auto_depth, clock or Clock(), progress or Progress(), tuple(callbacks)
+    )
     loop.on_model = on_model
     return loop.run()
 
@@ -122,10 +124,13 @@ class _Loop:
         self.convex = next((stage for stage in stages if stage.solver == "convex"), None)
         self.tuned = tuple(stage for stage in stages if stage.solver != "convex")
         blocks = list_blocks(model)
-        self.depths = [resolve_depth(blocks, auto_depth if s.freeze_depth == "auto" else s.freeze_depth) for s in self.tuned]
+        self.depths = [
+            resolve_depth(blocks, auto_depth if s.freeze_depth == "auto" else s.freeze_depth) for s in self.tuned
+        ]
         self.num_blocks = len(blocks)
         self.outcome = Outcome()
         self.probe: Probe | None = None
+        self._temperature = 1.0
 
     # -- phases ---------------------------------------------------------------------------------------------------
 
@@ -231,7 +236,11 @@ class _Loop:
             rise = mirrored.held_log_losses - self.probe.held_log_losses
             error = float(rise.std(ddof=1) / len(rise) ** 0.5)
             used = bool(rise.mean() <= error)
-            self.outcome.selection["mirror"] = {"log_loss_rise": float(rise.mean()), "standard_error": error, "used": used}
+            self.outcome.selection["mirror"] = {
+                "log_loss_rise": float(rise.mean()),
+                "standard_error": error,
+                "used": used,
+            }
             if not used:
                 return extracted
             self.probe = mirrored
@@ -262,7 +271,7 @@ class _Loop:
             if share is None:
                 return
             if len(splits) == 1:
-                best = interpolate(starts[0], ends[0], share)
+                best = self._cooled(interpolate(starts[0], ends[0], share))
             best = self._refit(cut, extracted, origin, rounds, share) or best
             self.outcome.chosen = "fine_tune" if share == 1.0 else "blend"
         finally:
@@ -299,7 +308,7 @@ class _Loop:
             "learning_rate": rate,
             "epochs": epochs,
             "best_epoch": used,
-            "log_loss": float(np.mean([run.log_loss for run in runs])),
+            "loss": float(np.mean([run.loss for run in runs])),
         }
         return {"stage": stage, "rate": rate, "epochs": epochs, "stop_after": used}, runs
 
@@ -318,8 +327,10 @@ class _Loop:
         for rate in stage.learning_rates:
             self.progress.phase(f"{stage.name}, learning rate {rate:g}")
             with self._timed("learning_rate"):
-                run = trainer.run(rows, rate, held=held, epochs=short, seed=self.plan.seed, callbacks=self._watch(short))
-            losses[rate] = run.log_loss if np.isfinite(run.log_loss) else float("inf")
+                run = trainer.run(
+                    rows, rate, held=held, epochs=short, seed=self.plan.seed, callbacks=self._watch(short)
+                )
+            losses[rate] = run.loss if np.isfinite(run.loss) else float("inf")
             if self.clock.expired():
                 break
         best = min(losses, key=losses.__getitem__)
@@ -336,14 +347,25 @@ class _Loop:
                 trainer.suffix.set_weights(interpolate(start, end, share))
                 parts.append(trainer.log_probabilities(held))
             scores[share] = np.concatenate(parts)
-        losses = {share: weighted_log_loss(table, labels, weights) for share, table in scores.items()}
-        share = min(losses, key=losses.__getitem__)
-        tuned = np.exp(scores[share])
-        self.outcome.selection["blend"] = {"log_loss": {str(key): value for key, value in losses.items()}, "share": share}
+        # Label smoothing leaves a model too unsure, a small set too sure; a temperature makes the shares comparable.
+        found = {share: best_temperature(table, labels, weights) for share, table in scores.items()}
+        share = min(found, key=lambda share: found[share][1])
+        self._temperature = found[share][0]
+        tuned = np.exp(_log_softmax(scores[share] / self._temperature))
+        self.outcome.selection["blend"] = {
+            "log_loss": {str(key): loss for key, (_, loss) in found.items()},
+            "share": share,
+            "temperature": self._temperature,
+        }
         if self.probe:
             groups = [data.groups[row] for row in self._judged(splits)]
             gain = paired_difference(
-                tuned, self.outcome.held_probabilities, labels, metric=self.plan.metric, groups=groups, seed=self.plan.seed
+                tuned,
+                self.outcome.held_probabilities,
+                labels,
+                metric=self.plan.metric,
+                groups=groups,
+                seed=self.plan.seed,
             )
             wins = gain["difference"] > gain["standard_error"]
             self.outcome.selection["fine_tune_against_probe"] = {
@@ -381,7 +403,7 @@ class _Loop:
             self._log(f"{stage.name} (refit)", run)
             end = run.weights
         self.outcome.selection["refit"] = "train and validation part"
-        return interpolate(start, end, share)
+        return self._cooled(interpolate(start, end, share))
 
     # -- small things -----------------------------------------------------------------------------------------------
 
@@ -399,6 +421,9 @@ class _Loop:
 
     def _with_head(self, weights, head: LinearHead, temperature: float) -> list[np.ndarray]:
         return [*weights[:-2], head.kernel / temperature, head.bias / temperature]
+
+    def _cooled(self, weights) -> list[np.ndarray]:
+        return [*weights[:-2], weights[-2] / self._temperature, weights[-1] / self._temperature]
 
     def _set_head(self, head: LinearHead) -> None:
         self.model.get_layer("logits").set_weights([head.kernel, head.bias])

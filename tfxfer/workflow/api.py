@@ -14,7 +14,7 @@ from tfxfer.sources.catalog import list_sources
 from tfxfer.specs import Certificate, Recipe
 from tfxfer.workflow.planning import make_plan
 from tfxfer.workflow.run import Run, as_run
-from tfxfer.workflow.training import FORMATS, NUM_SAMPLES, train
+from tfxfer.workflow.training import FORMATS, train
 
 
 def fit(
@@ -103,9 +103,7 @@ def fit(
         image_size=image_size, dropout=dropout, seed=seed, val_fraction=val_fraction, group_by=group_by,
         time_limit_seconds=time_limit, baseline=baseline, num_seeds=num_seeds,
     )  # fmt: skip
-    return train(
-        data, plan, model=model, out=out, split=split, callbacks=callbacks, formats=formats, progress=progress
-    )
+    return train(data, plan, model=model, out=out, split=split, callbacks=callbacks, formats=formats, progress=progress)
 
 
 def export(
@@ -135,11 +133,19 @@ def export(
     """
     if isinstance(run_or_model, keras.Model):
         if out is None or samples is None:
-            raise InputError("To export a model give `out` and `samples`, real images (n, S, S, 3) uint8 to verify with.")
+            raise InputError(
+                "To export a model give `out` and `samples`, real images (n, S, S, 3) uint8 to verify with."
+            )
         names = class_names or [str(index) for index in range(run_or_model.output_shape[-1])]
         labels = np.zeros(len(samples), np.int64)
         return certify(
-            run_or_model, out, formats=formats, class_names=names, metadata=metadata or {}, samples=samples, labels=labels
+            run_or_model,
+            out,
+            formats=formats,
+            class_names=names,
+            metadata=metadata or {},
+            samples=samples,
+            labels=labels,
         )
     run = as_run(run_or_model)
     kept = run.path / "exports" / "samples.npz"
@@ -179,5 +185,3 @@ def _image_size_of(model: keras.Model, image_size: int | None) -> int:
     if image_size not in (None, own):
         raise InputError(f"image_size {image_size} was given, but the model was built for {own}; drop one of the two.")
     return own
-
-

@@ -51,7 +51,7 @@ def _with_stage_values(recipe: Recipe, stage: Mapping[str, Any], *, own: bool) -
         return recipe
     if own:
         raise InputError(
-            f"{' and '.join(stage)} given both as an option and in the recipe {recipe.name!r}; set it in its stages only."
+            f"{' and '.join(stage)} given beside a recipe of your own, {recipe.name!r}; set it in its stages only."
         )
     changes: dict[str, Any] = {key: value for key, value in stage.items() if key != "learning_rate"}
     if "learning_rate" in stage:
@@ -60,5 +60,7 @@ def _with_stage_values(recipe: Recipe, stage: Mapping[str, Any], *, own: bool) -
         changes["min_steps"] = False
     stages = tuple(dataclasses.replace(s, **changes) if s.solver != "convex" else s for s in recipe.stages)
     if stages == recipe.stages and all(s.solver == "convex" for s in stages):
-        raise InputError(f"Recipe {recipe.name!r} has no fine-tuning stage, so {' and '.join(stage)} would do nothing; drop it.")
+        raise InputError(
+            f"Recipe {recipe.name!r} has no fine-tuning stage, so {' and '.join(stage)} would do nothing; drop it."
+        )
     return Recipe(recipe.name, stages)

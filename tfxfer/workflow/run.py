@@ -146,7 +146,11 @@ def new_run_folder(out: str | Path | None, name: str) -> Path:
     if out is None:
         base = Path("runs")
         stem = re.sub(r"[^A-Za-z0-9_.-]+", "-", name).strip("-") or "run"
-        taken = [int(found.name[len(stem) + 1 :]) for found in base.glob(f"{stem}-*") if found.name[len(stem) + 1 :].isdigit()]
+        taken = [
+            int(found.name[len(stem) + 1 :])
+            for found in base.glob(f"{stem}-*")
+            if found.name[len(stem) + 1 :].isdigit()
+        ]
         return base / f"{stem}-{max(taken, default=0) + 1}"
     out = Path(out)
     if (out / RUN_FILE).exists():

@@ -15,7 +15,9 @@ from tfxfer.sources.catalog import class_names_of, get_source
 from tfxfer.workflow.run import Run, as_run, load_run, predict_with_keras
 
 
-def evaluate(run: Run | str | Path, data: Any, *, group_by: str | None = None, progress: Progress | None = None) -> dict:
+def evaluate(
+    run: Run | str | Path, data: Any, *, group_by: str | None = None, progress: Progress | None = None
+) -> dict:
     """Score a run on labelled images: the test part of a folder that has one, else all of it.
 
     Args:

@@ -16,7 +16,7 @@ from tfxfer.data.audit import open_content
 from tfxfer.errors import InputError, Interrupted
 from tfxfer.exporters.certify import certify
 from tfxfer.methods import METHODS
-from tfxfer.metrics import score, split_warning
+from tfxfer.metrics import SplitMismatchWarning, score, split_warning
 from tfxfer.model.blocks import list_blocks, resolve_depth
 from tfxfer.model.build import build_model
 from tfxfer.registry import lookup
@@ -36,10 +36,6 @@ NUM_SAMPLES = 64
 FORMATS = ("saved_model", "onnx")
 
 
-class SplitMismatchWarning(UserWarning):
-    """Validation and test disagree by more than chance explains."""
-
-
 def train(
     data: Any,
     plan: Plan,
@@ -52,7 +48,9 @@ def train(
     progress: Progress | None = None,
 ) -> Run:
     """Run a plan on data; the public face is `tfxfer.fit`."""
-    folder = new_run_folder(out, Path(str(data)).name if isinstance(data, str | Path) else getattr(data, "name", "data"))
+    folder = new_run_folder(
+        out, Path(str(data)).name if isinstance(data, str | Path) else getattr(data, "name", "data")
+    )
     return _Job(data, plan, folder, model, split, tuple(callbacks), tuple(formats), progress or Progress()).run()
 
 
@@ -241,10 +239,21 @@ class _Job:
             facts.append(fact)
         stacked = {name: np.stack([tables[name] for tables in theirs]) for name in theirs[0]}
         found = judge_baselines(
-            np.stack(ours), stacked, test.labels, test.groups, metric=self.plan.metric, seed=self.plan.seed
+            np.stack(ours),
+            stacked,
+            test.labels,
+            test.groups,
+            test.weights,
+            metric=self.plan.metric,
+            seed=self.plan.seed,
         )
         proven = all(fact.get("converged", True) for fact in facts)
-        self.info["baseline"] = {"kind": self.plan.baseline, "num_seeds": self.plan.num_seeds, **found, "proven": proven}
+        self.info["baseline"] = {
+            "kind": self.plan.baseline,
+            "num_seeds": self.plan.num_seeds,
+            **found,
+            "proven": proven,
+        }
         if any(facts):
             self.info["baseline"]["scratch"] = facts
         if not proven:
@@ -283,7 +292,7 @@ class _Job:
 def _checked(model: keras.Model, num_classes: int) -> keras.Model:
     if model.output_shape[-1] != num_classes:
         raise InputError(
-            f"The model has {model.output_shape[-1]} outputs and the data {num_classes} classes; build it with the data."
+            f"The model has {model.output_shape[-1]} outputs, the data {num_classes} classes; build it with the data."
         )
     return model
 
