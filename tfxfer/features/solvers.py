@@ -125,7 +125,7 @@ class LogisticPath:
 
     def log_probabilities(self, theta, rows) -> np.ndarray:
         logits = self.coordinates[rows] @ theta[:-1].astype(np.float32) + theta[-1].astype(np.float32)
-        return logits - scipy.special.logsumexp(logits, axis=1, keepdims=True)
+        return log_softmax(logits)
 
 
 def choose_strength(path: LogisticPath, folds, strengths=STRENGTHS) -> tuple[float, np.ndarray]:
@@ -179,7 +179,12 @@ def best_temperature(logits, labels, weights=None) -> tuple[float, float]:
 
     def loss(log_temperature: float) -> float:
         scaled = logits / np.exp(log_temperature)
-        return weighted_log_loss(scaled - scipy.special.logsumexp(scaled, axis=1, keepdims=True), labels, weights)
+        return weighted_log_loss(log_softmax(scaled), labels, weights)
 
     found = scipy.optimize.minimize_scalar(loss, bounds=(-5.0, 5.0), method="bounded", options={"xatol": 1e-3})
     return float(np.exp(found.x)), float(found.fun)
+
+
+def log_softmax(logits: np.ndarray) -> np.ndarray:
+    """(N, K) log probabilities of logits."""
+    return logits - scipy.special.logsumexp(logits, axis=1, keepdims=True)

@@ -1,13 +1,14 @@
 """Parameter transfer: train the unfrozen suffix of a model, from cached activations, by Keras' own `fit`."""
 
 import dataclasses
+import time
 from collections.abc import Sequence
 
 import keras
 import numpy as np
-import scipy.special
 
 from tfxfer.features.extract import Extracted
+from tfxfer.features.solvers import log_softmax
 from tfxfer.methods.schedule import WarmupCosine
 from tfxfer.specs import Stage
 
@@ -60,7 +61,8 @@ class Trained:
         epochs: Epochs that led to `weights`.
         history: One dict an epoch, as Keras logs it.
         held_log_probabilities: (n, K) of the held-out rows, plain view; None where there are none.
-        loss: Of those, with label smoothing; NaN where there are none.
+        loss: Of those, with label smoothing; infinite where it was not a number, NaN where there are none.
+        seconds_per_image: Of an image in an epoch.
     """
 
     weights: list[np.ndarray]
@@ -69,6 +71,7 @@ class Trained:
     history: list[dict]
     held_log_probabilities: np.ndarray | None
     loss: float
+    seconds_per_image: float
 
 
 class SuffixTrainer:
@@ -93,7 +96,7 @@ class SuffixTrainer:
         self.targets = np.eye(suffix.output_shape[-1], dtype=np.float32)[self.labels]
         self.batch_size, self.patience = batch_size, patience
         self.start = suffix.get_weights()
-        optimizer = keras.optimizers.AdamW(1e-3, weight_decay=stage.weight_decay)
+        optimizer = keras.optimizers.AdamW(1e-3, weight_decay=stage.weight_decay, global_clipnorm=1.0)
         optimizer.exclude_from_weight_decay(var_names=["bias", "gamma", "beta"])
         suffix.compile(
             optimizer=optimizer,
@@ -145,6 +148,7 @@ class SuffixTrainer:
                     monitor="val_loss", mode="min", patience=self.patience, restore_best_weights=True
                 )
             )
+        started = time.perf_counter()
         fitted = self.suffix.fit(
             batches,
             initial_epoch=first_epoch,
@@ -162,16 +166,18 @@ class SuffixTrainer:
             }
             for index, epoch in enumerate(fitted.epoch)
         ]
+        seconds = (time.perf_counter() - started) / (len(history) * len(rows))
         used, scores, loss = len(history), None, float("nan")
         if held is not None:
-            used = int(np.argmin([entry["val_loss"] for entry in history])) + 1
-            scores, loss = self.log_probabilities(held), history[used - 1]["val_loss"]
-        return Trained(self.suffix.get_weights(), learning_rate, used, history, scores, loss)
+            losses = np.nan_to_num([entry["val_loss"] for entry in history], nan=np.inf)
+            used, loss = int(np.argmin(losses)) + 1, float(losses.min())
+            scores = self.log_probabilities(held)
+        return Trained(self.suffix.get_weights(), learning_rate, used, history, scores, loss, seconds)
 
     def log_probabilities(self, rows) -> np.ndarray:
         """(n, K) for the plain view, with the suffix's present weights."""
         logits = self.suffix.predict(self.extracted.activations[0][rows], batch_size=256, verbose=0)
-        return logits - scipy.special.logsumexp(logits, axis=1, keepdims=True)
+        return log_softmax(logits)
 
     def _restart(self) -> None:
         self.suffix.set_weights(self.start)

@@ -5,7 +5,7 @@ import dataclasses
 import numpy as np
 from sklearn.model_selection import StratifiedGroupKFold
 
-from tfxfer.features.solvers import LinearHead, LogisticPath, choose_strength, weighted_log_loss
+from tfxfer.features.solvers import LinearHead, LogisticPath, choose_strength, log_softmax, weighted_log_loss
 
 MAX_FOLDED_IMAGES = 2000
 NUM_FOLDS = 5
@@ -110,8 +110,6 @@ def _temperature(logits, labels, weights, target_loss: float) -> float:
     low, high = 1.0, 50.0
     for _ in range(40):  # the loss grows with the temperature once the images are fitted, so halving finds it
         middle = (low * high) ** 0.5
-        scaled = logits / middle
-        scaled = scaled - scaled.max(1, keepdims=True)
-        loss = weighted_log_loss(scaled - np.log(np.exp(scaled).sum(1, keepdims=True)), labels, weights)
+        loss = weighted_log_loss(log_softmax(logits / middle), labels, weights)
         low, high = (middle, high) if loss < target_loss else (low, middle)
     return float(low)

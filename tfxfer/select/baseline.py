@@ -16,7 +16,7 @@ from tfxfer.runtime.images import resize_image
 from tfxfer.select.pixels import PIXEL_SIZE_PX, pixel_baselines
 from tfxfer.select.verdict import verdict
 from tfxfer.specs import Plan, Source
-from tfxfer.train.stages import TrainingData
+from tfxfer.train.outcome import TrainingData
 
 MARGIN = 0.01
 

@@ -5,12 +5,13 @@ import dataclasses
 import keras
 import numpy as np
 
+from tfxfer.features.solvers import log_softmax
 from tfxfer.methods.fine_tune import CachedViews
 from tfxfer.model.build import build_model
 from tfxfer.model.freeze import freeze
 from tfxfer.runtime.progress import Progress
 from tfxfer.specs import Plan, Source
-from tfxfer.train.stages import TrainingData
+from tfxfer.train.outcome import TrainingData
 
 PEAK_RATE = 2e-3
 PATIENCE_EPOCHS = 12
@@ -89,11 +90,8 @@ def train_from_scratch(
         verbose=0,
     )
     logits = model.predict(test_pixels, batch_size=64, verbose=0)
-    shifted = np.exp(logits - logits.max(1, keepdims=True))
     epochs = len(fitted.epoch)
-    return Scratch(
-        shifted / shifted.sum(1, keepdims=True), epochs < limit, epochs, float(min(fitted.history["val_log_loss"]))
-    )
+    return Scratch(np.exp(log_softmax(logits)), epochs < limit, epochs, float(min(fitted.history["val_log_loss"])))
 
 
 class _Stack:

@@ -79,9 +79,11 @@ def predict_files(paths: Sequence[Path], *, source: str | None = None, top_k: in
     Raises:
         InputError: Where there is nothing to predict on.
     """
-    run = None if source else load_run(paths[0])
-    files = _image_files(paths if source else paths[1:])
-    size = get_source(source).image_size_px if source else run.info["plan"]["image_size"]
+    if source:
+        files, size = _image_files(paths), get_source(source).image_size_px
+    else:
+        run = load_run(paths[0])
+        files, size = _image_files(paths[1:]), run.info["plan"]["image_size"]
     pixels, kept, refused = [], [], []
     for file in files:
         try:

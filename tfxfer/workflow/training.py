@@ -29,7 +29,8 @@ from tfxfer.select.scratch import train_from_scratch
 from tfxfer.sources.catalog import get_source
 from tfxfer.specs import Plan, Source, Stage
 from tfxfer.train.clock import Clock
-from tfxfer.train.stages import Outcome, TrainingData, run_stages
+from tfxfer.train.outcome import Outcome, TrainingData
+from tfxfer.train.stages import run_stages
 from tfxfer.workflow.run import MODEL_FILE, Run, new_run_folder, write_history, write_info
 
 NUM_SAMPLES = 64

@@ -1,0 +1,244 @@
+"""Fine-tuning from the probe: the rate by measurement, the blend, the comparison with the probe, the refit."""
+
+from collections.abc import Callable, Sequence
+
+import keras
+import numpy as np
+
+from tfxfer.features.cut import Cut, cut_model
+from tfxfer.features.extract import Extracted
+from tfxfer.features.solvers import LinearHead, best_temperature, log_softmax
+from tfxfer.methods.fine_tune import SuffixTrainer, Trained, interpolate
+from tfxfer.methods.probe import Probe
+from tfxfer.metrics import metric_value, paired_difference
+from tfxfer.model.freeze import freeze
+from tfxfer.runtime.progress import Progress
+from tfxfer.specs import Plan, Stage
+from tfxfer.train.clock import Clock, StopOnTime
+from tfxfer.train.outcome import Outcome, TrainingData
+
+MIN_STEPS = 150
+BLEND_SHARES = (0.25, 0.5, 0.75, 1.0)
+
+
+class Tuner:
+    """Runs the fine-tuning stages of a recipe and decides on held-out images what is kept.
+
+    Args:
+        model: Its freeze state and the weights of the suffix are set.
+        cut: Of the model, at the shallowest stage's depth or before it.
+        extracted: What crosses the cut, for all images.
+        data: Labels, weights, groups, parts.
+        plan: Metric, batch size, seed.
+        stages, depths: The stages and their resolved freeze depths.
+        probe: The convex stage's, or None.
+        splits: Pairs (train rows, held-out rows) that decisions are made on.
+        outcome: Decisions, history and seconds are written into it.
+        clock, progress, callbacks, on_model: As `run_stages` takes them.
+    """
+
+    def __init__(
+        self,
+        model: keras.Model,
+        cut: Cut,
+        extracted: Extracted,
+        data: TrainingData,
+        plan: Plan,
+        stages: Sequence[Stage],
+        depths: Sequence[int],
+        probe: Probe | None,
+        splits: list[tuple[np.ndarray, np.ndarray]],
+        outcome: Outcome,
+        *,
+        clock: Clock,
+        progress: Progress,
+        callbacks: Sequence[keras.callbacks.Callback],
+        on_model: Callable[[str], None],
+    ):
+        self.model, self.cut, self.extracted, self.data, self.plan = model, cut, extracted, data, plan
+        self.stages, self.depths, self.probe, self.splits, self.outcome = stages, depths, probe, splits, outcome
+        self.clock, self.progress, self.callbacks, self.on_model = clock, progress, tuple(callbacks), on_model
+        self.judged = np.concatenate([held for _, held in splits])
+        self._temperature = 1.0
+
+    def tune(self) -> None:
+        """Fine-tune, and leave in the model what is surely better: the probe, the fine-tuned weights, or a blend."""
+        cut, splits = self.cut, self.splits
+        origin = cut.suffix.get_weights()
+        kept = _with_head(origin, self.probe.head(self.data.all_rows), 1.0) if self.probe else origin
+        best = kept
+        try:
+            starts = [self._start(origin, rows) for rows, _ in splits]
+            rounds, ends = [], list(starts)
+            for stage, depth in zip(self.stages, self.depths, strict=True):
+                trainer = self._trainer(stage, depth)
+                chosen, runs = self._measure(trainer, stage, ends)
+                rounds.append(chosen)
+                ends = [run.weights for run in runs]
+            share = self._choose(trainer, splits, starts, ends)
+            if share is None:
+                return
+            if len(splits) == 1:
+                best = self._cooled(interpolate(starts[0], ends[0], share))
+            best = self._refit(origin, rounds, share) or best
+            self.outcome.chosen = "fine_tune" if share == 1.0 else "blend"
+        finally:
+            cut.suffix.set_weights(best)
+            if best is not kept:
+                self.on_model("fine_tune")
+
+    def _trainer(self, stage: Stage, depth: int) -> SuffixTrainer:
+        freeze(self.model, depth, batch_norm=stage.batch_norm)
+        same = self.cut if depth == self.cut.depth else cut_model(self.model, self.cut.depth)
+        assert same is not None  # it could be cut there before
+        return SuffixTrainer(
+            same.suffix, self.extracted, self.data.labels, self.data.weights, stage, self.plan.batch_size,
+        )  # fmt: skip
+
+    def _measure(self, trainer, stage, starts) -> tuple[dict, list[Trained]]:
+        """Train once on each split, at the rate that was best on the first."""
+        epochs = self._epochs(stage, len(self.splits[0][0]))
+        runs = [self._best_rate(trainer, stage, starts[0], epochs)]
+        for index in range(1, len(self.splits)):
+            self.progress.phase(f"{stage.name}, fold {index + 1} of {len(self.splits)}")
+            runs.append(self._run(trainer, index, starts[index], runs[0].learning_rate, epochs))
+        used = int(np.median([run.epochs for run in runs]))
+        self.outcome.selection[stage.name] |= {
+            "learning_rate": runs[0].learning_rate,
+            "epochs": epochs,
+            "best_epoch": used,
+            "loss": float(np.mean([run.loss for run in runs])),
+        }
+        chosen = {"stage": stage, "rate": runs[0].learning_rate, "epochs": epochs, "stop_after": used}
+        chosen["seconds"] = used * len(self.data.all_rows) * max(run.seconds_per_image for run in runs)
+        return chosen, runs
+
+    def _best_rate(self, trainer, stage, start, epochs: int) -> Trained:
+        """Whole runs on the first split, from the highest rate down, until one is worse than the one before.
+
+        Short runs would be cheaper and do not tell: high rates lose at first and win in the end.
+        """
+        best: Trained | None = None
+        losses = {}
+        for rate in sorted(stage.learning_rates, reverse=True):
+            self.progress.phase(f"{stage.name}, learning rate {rate:g}")
+            run = self._run(trainer, 0, start, rate, epochs, self.callbacks)
+            self._log(stage.name, run)
+            losses[f"{rate:g}"] = run.loss
+            if best is not None and not run.loss < best.loss:
+                break
+            best = run if best is None or run.loss < best.loss else best
+            if self.clock.expired():
+                break
+        self.outcome.selection[stage.name] = {"rates": losses}
+        assert best is not None  # a stage has at least one rate
+        return best
+
+    def _run(self, trainer, index: int, start, rate: float, epochs: int, callbacks=()) -> Trained:
+        rows, held = self.splits[index]
+        trainer.start = start
+        with self.outcome.timed("fine_tune"):
+            return trainer.run(
+                rows, rate, held=held, epochs=epochs, seed=self.plan.seed, first_epoch=len(self.outcome.history),
+                callbacks=[*self._watch(epochs), *callbacks],
+            )  # fmt: skip
+
+    def _epochs(self, stage: Stage, count: int) -> int:
+        """At least MIN_STEPS steps: ten epochs of a hundred images would be forty steps, too few to move anything."""
+        steps = -(-count // self.plan.batch_size)
+        return max(stage.epochs, -(-MIN_STEPS // steps)) if stage.min_steps else stage.epochs
+
+    def _choose(self, trainer, splits, starts, ends) -> float | None:
+        """The share of the blend, by held-out log loss; None where it is not surely better than the probe."""
+        data, scores = self.data, {}
+        labels, weights = data.labels[self.judged], data.weights[self.judged]
+        for share in BLEND_SHARES if self.probe else (1.0,):
+            parts = []
+            for (_, held), start, end in zip(splits, starts, ends, strict=True):
+                trainer.suffix.set_weights(interpolate(start, end, share))
+                parts.append(trainer.log_probabilities(held))
+            scores[share] = np.concatenate(parts)
+        # Label smoothing leaves a model too unsure, a small set too sure; a temperature makes the shares comparable.
+        found = {share: best_temperature(table, labels, weights) for share, table in scores.items()}
+        share = min(found, key=lambda share: found[share][1])
+        self._temperature = found[share][0]
+        tuned = np.exp(log_softmax(scores[share] / self._temperature))
+        self.outcome.selection["blend"] = {
+            "log_loss": {str(key): loss for key, (_, loss) in found.items()},
+            "share": share,
+            "temperature": self._temperature,
+        }
+        if self.probe and self.outcome.held_probabilities is not None:
+            groups = [data.groups[row] for row in self.judged]
+            gain = paired_difference(
+                tuned,
+                self.outcome.held_probabilities,
+                labels,
+                metric=self.plan.metric,
+                groups=groups,
+                seed=self.plan.seed,
+            )
+            wins = gain["difference"] > gain["standard_error"]
+            self.outcome.selection["fine_tune_against_probe"] = {
+                "metric": self.plan.metric,
+                "probe": metric_value(self.plan.metric, labels, self.outcome.held_probabilities),
+                "fine_tuned": metric_value(self.plan.metric, labels, tuned),
+                **gain,
+                "replaces_probe": bool(wins),
+            }
+            if not wins:
+                return None
+        self.outcome.held, self.outcome.held_probabilities = self.judged, tuned
+        return share
+
+    def _refit(self, origin, rounds, share: float) -> list[np.ndarray] | None:
+        """The same decisions on train and validation part together; None where the time does not allow it."""
+        rows = self.data.all_rows
+        if self.clock.remaining() < 1.2 * sum(chosen["seconds"] for chosen in rounds):
+            self.outcome.selection["refit"] = "left out: the time limit did not allow it"
+            return None
+        start = self._start(origin, rows)
+        end = start
+        for chosen, depth in zip(rounds, self.depths, strict=True):
+            stage = chosen["stage"]
+            self.progress.phase(f"{stage.name}, refit on train and validation part")
+            trainer = self._trainer(stage, depth)
+            trainer.start = end
+            with self.outcome.timed("refit"):
+                run = trainer.run(
+                    rows, chosen["rate"], epochs=chosen["epochs"], stop_after=chosen["stop_after"], seed=self.plan.seed,
+                    first_epoch=len(self.outcome.history),
+                    callbacks=[*self._watch(chosen["stop_after"]), *self.callbacks],
+                )  # fmt: skip
+            self._log(f"{stage.name} (refit)", run)
+            end = run.weights
+        self.outcome.selection["refit"] = "train and validation part"
+        return self._cooled(interpolate(start, end, share))
+
+    def _start(self, origin, rows) -> list[np.ndarray]:
+        if not self.probe:
+            return origin
+        return _with_head(origin, self.probe.head(rows), self.probe.temperature)
+
+    def _cooled(self, weights) -> list[np.ndarray]:
+        return [*weights[:-2], weights[-2] / self._temperature, weights[-1] / self._temperature]
+
+    def _log(self, stage: str, run: Trained) -> None:
+        self.outcome.history += [{"stage": stage, **entry} for entry in run.history]
+
+    def _watch(self, epochs: int) -> list[keras.callbacks.Callback]:
+        return [StopOnTime(self.clock), _Epochs(self.progress, epochs)]
+
+
+def _with_head(weights, head: LinearHead, temperature: float) -> list[np.ndarray]:
+    return [*weights[:-2], head.kernel / temperature, head.bias / temperature]
+
+
+class _Epochs(keras.callbacks.Callback):
+    def __init__(self, progress: Progress, epochs: int):
+        super().__init__()
+        self.progress, self.epochs, self.done = progress, epochs, 0
+
+    def on_epoch_end(self, epoch, logs=None):
+        self.done += 1
+        self.progress.update(self.done, self.epochs)
