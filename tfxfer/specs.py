@@ -138,7 +138,7 @@ class Stage(Spec):
         weight_decay: Decoupled; kernels only.
         label_smoothing: In [0, 1).
         batch_norm: State of BatchNorm in trained blocks: "frozen", "affine", "adapt" or "train".
-        min_steps: Give small data more epochs, so that a stage has at least 150 steps.
+        min_steps: Give small data more epochs, so that a stage has at least 100 steps.
     """
 
     what: ClassVar[str] = "stage"

@@ -61,9 +61,9 @@ def test_every_torch_source_says_how_its_modules_are_called():
 def test_an_unknown_source_is_refused_with_near_matches():
     with pytest.raises(InputError, match=r"Unknown source 'mobilenet_v2'. Did you mean 'mobilenet_v2_imagenet'\?"):
         get_source("mobilenet_v2")
-    with pytest.raises(InputError, match="'keras:MobileNetV2' is not the name of a source; only named sources"):
+    with pytest.raises(InputError, match=r"'keras:MobileNetV2' is not the name of a source; only named sources"):
         load_backbone("keras:MobileNetV2")
-    with pytest.raises(InputError, match="A source is its name or its card, not 7"):
+    with pytest.raises(InputError, match=r"A source is its name or its card, not 7"):
         load_backbone(7)
 
 
@@ -103,11 +103,11 @@ def test_imagenet_names_are_in_torch_order_and_told_apart():
 
 def test_a_card_with_unknown_parts_is_refused():
     card = get_source("digits_cnn")
-    with pytest.raises(InputError, match="Unknown architecture 'digits_rnn'. Did you mean 'digits_cnn'"):
+    with pytest.raises(InputError, match=r"Unknown architecture 'digits_rnn'. Did you mean 'digits_cnn'"):
         load_backbone(dataclasses.replace(card, architecture="digits_rnn"))
-    with pytest.raises(InputError, match="Unknown source kind 'keras_h6'. Did you mean 'keras_h5'"):
+    with pytest.raises(InputError, match=r"Unknown source kind 'keras_h6'. Did you mean 'keras_h5'"):
         load_backbone(dataclasses.replace(card, kind="keras_h6"))
-    with pytest.raises(InputError, match="architecture for a torch checkpoint 'digits_cnn'"):
+    with pytest.raises(InputError, match=r"architecture for a torch checkpoint 'digits_cnn'"):
         load_backbone(dataclasses.replace(card, kind="torch_checkpoint", weights=get_source(NAMES[1]).weights))
-    with pytest.raises(InputError, match="Unknown set of class names 'imagenet22k'. Did you mean 'imagenet'"):
+    with pytest.raises(InputError, match=r"Unknown set of class names 'imagenet22k'. Did you mean 'imagenet'"):
         class_names_of(dataclasses.replace(card, class_names="imagenet22k"))

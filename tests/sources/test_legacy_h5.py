@@ -160,18 +160,18 @@ def test_nothing_that_fits_is_an_error(saved):
 
 def test_files_of_other_kinds_are_refused(saved, tmp_path):
     model, path = saved
-    with pytest.raises(InputError, match="there is no such file"):
+    with pytest.raises(InputError, match=r"there is no such file"):
         load_matching_weights(model, tmp_path / "none.h5")
     (tmp_path / "text.h5").write_text("not HDF5")
-    with pytest.raises(InputError, match="it is not HDF5"):
+    with pytest.raises(InputError, match=r"it is not HDF5"):
         load_matching_weights(model, tmp_path / "text.h5")
     (tmp_path / "cut.h5").write_bytes(path.read_bytes()[:3000])
-    with pytest.raises(InputError, match="it is not HDF5"):
+    with pytest.raises(InputError, match=r"it is not HDF5"):
         load_matching_weights(model, tmp_path / "cut.h5")
     model.save_weights(tmp_path / "new.weights.h5")
-    with pytest.raises(InputError, match="are loaded by model.load_weights"):
+    with pytest.raises(InputError, match=r"are loaded by model.load_weights"):
         load_matching_weights(model, tmp_path / "new.weights.h5")
-    with pytest.raises(InputError, match="`by` must be 'order' or 'name', not 'topology'"):
+    with pytest.raises(InputError, match=r"`by` must be 'order' or 'name', not 'topology'"):
         load_matching_weights(model, path, by="topology")
 
 
@@ -191,7 +191,7 @@ def test_a_huge_declared_shape_and_foreign_files_are_not_read(saved, tmp_path):
             assert report.skipped == {"c": "bias (1099511627776,) in the file; bias (4,) in the model"}
             model.set_weights(before)
         else:
-            with pytest.raises(InputError, match="is not what model.save"):
+            with pytest.raises(InputError, match=r"is not what model.save"):
                 load_matching_weights(model, hostile)
             assert all(np.array_equal(left, right) for left, right in zip(before, model.get_weights(), strict=True))
 
@@ -236,5 +236,5 @@ def test_a_changed_or_missing_file_of_a_source_is_refused(tmp_path, monkeypatch)
     with pytest.raises(InputError, match=r"none.h5, the weights of 'digits_cnn', is missing; install tfxfer again"):
         load_backbone(absent)
     other = network()
-    with pytest.raises(InputError, match="No layer of"):
+    with pytest.raises(InputError, match=r"No layer of"):
         legacy_h5.load_weights(source, other)

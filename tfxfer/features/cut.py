@@ -37,7 +37,6 @@ def cut_model(model: keras.Model, depth: int) -> Cut | None:
     backbone = backbone_of(model)
     blocks = list_blocks(backbone)
     crossing = backbone.get_layer(blocks[depth - 1].layers[-1]).output if depth else backbone.input
-    pinned = _training_argument(backbone)
     try:
         front = keras.Model(backbone.input, crossing, name=backbone.name) if depth else None
         back = keras.Model(crossing, backbone.output, name=backbone.name) if depth < len(blocks) else None
@@ -46,15 +45,8 @@ def cut_model(model: keras.Model, depth: int) -> Cut | None:
     size = backbone.input_shape[1]
     images = keras.Input((size, size, 3), name="images", dtype="float32")
     x = model.get_layer("normalise")(model.get_layer("adapt_image")(images))
-    prefix = keras.Model(images, front(x, training=False) if front else x, name="prefix")
+    prefix = keras.Model(images, front(x) if front else x, name="prefix")
     activations = keras.Input(crossing.shape[1:], name="activations", dtype="float32")
-    x = back(activations, training=pinned) if back else activations
+    x = back(activations) if back else activations
     x = model.get_layer("logits")(model.get_layer("dropout")(x))
     return Cut(depth, prefix, back, keras.Model(activations, x, name="suffix"))
-
-
-def _training_argument(backbone):
-    values = [
-        node.arguments.kwargs["training"] for node in backbone._inbound_nodes if "training" in node.arguments.kwargs
-    ]
-    return False if False in values else None

@@ -80,8 +80,10 @@ def fit_probe(features, labels, weights, groups, rows, held, num_classes: int, *
     return dataclasses.replace(probe, temperature=_temperature(logits, labels[rows], weights[rows], loss))
 
 
-def make_folds(labels, groups, rows, held, *, seed: int = 0) -> tuple[list[tuple[np.ndarray, np.ndarray]], str]:
-    """Pairs (train rows, held-out rows): five stratified, grouped folds of `rows`, or (rows, held) for many images.
+def make_folds(
+    labels, groups, rows, held, *, seed: int = 0, num_folds: int = NUM_FOLDS
+) -> tuple[list[tuple[np.ndarray, np.ndarray]], str]:
+    """Pairs (train rows, held-out rows): stratified, grouped folds of `rows`, or (rows, held) for many images.
 
     Returns:
         The pairs, and their name for tables.
@@ -91,7 +93,7 @@ def make_folds(labels, groups, rows, held, *, seed: int = 0) -> tuple[list[tuple
         return [(rows, held)], "validation"
     names = np.asarray(groups)[rows]
     of_class = [len(set(names[labels[rows] == label])) for label in np.unique(labels[rows])]
-    splits = int(np.clip(min(of_class), 2, NUM_FOLDS))
+    splits = int(np.clip(min(of_class), 2, num_folds))
     folder = StratifiedGroupKFold(splits, shuffle=True, random_state=seed)
     pairs = [(rows[train], rows[test]) for train, test in folder.split(rows, labels[rows], names)]
     return [pair for pair in pairs if len(pair[0]) and len(pair[1])], f"{splits}-fold"

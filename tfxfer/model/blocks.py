@@ -25,7 +25,7 @@ def list_blocks(model: keras.Model) -> tuple[Block, ...]:
 
     Args:
         model: Of `build_model` or `load_backbone`, or any `keras.Model`. An architecture that has a card has the
-            blocks of the card; in any other, each layer with weights begins a block.
+            blocks of the card; in any other, each layer with weights but BatchNorm begins one.
 
     Returns:
         Blocks in the order of the network; together they hold every layer of the backbone but its input, once.
@@ -62,7 +62,7 @@ def _by_name(layers, names):
 def _by_weights(layers):
     groups: list[tuple[str, list]] = []
     for layer in layers:
-        if layer.weights or not groups:
+        if not groups or (layer.weights and not isinstance(layer, keras.layers.BatchNormalization)):
             groups.append((layer.name, [layer]))
         else:
             groups[-1][1].append(layer)

@@ -47,7 +47,7 @@ def build_model(
 def assemble(backbone: keras.Model, card: Source, head, *, dropout: float, logits: bool = False) -> keras.Model:
     """Wrap a backbone with the card's preprocessing before it and a head behind it."""
     inputs = keras.Input((None, None, None), name="images", dtype="float32")
-    features = backbone(preprocess(inputs, card, backbone.input_shape[1]), training=False)
+    features = backbone(preprocess(inputs, card, backbone.input_shape[1]))
     outputs = attach_head(features, as_head(head), dropout=dropout, logits=logits)
     return keras.Model(inputs, outputs, name=card.name)
 
@@ -57,7 +57,7 @@ def build_original(source: str | Source, *, image_size: int | None = None) -> ke
     card = catalog.get_source(source) if isinstance(source, str) else source
     network = catalog.load_backbone(card, image_size=image_size, include_top=True)
     inputs = keras.Input((None, None, None), name="images", dtype="float32")
-    logits = network(preprocess(inputs, card, network.input_shape[1]), training=False)
+    logits = network(preprocess(inputs, card, network.input_shape[1]))
     outputs = keras.layers.Activation("softmax", dtype="float32", name="probabilities")(logits)
     return keras.Model(inputs, outputs, name=card.name)
 

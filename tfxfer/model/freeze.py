@@ -22,6 +22,8 @@ def freeze(model: keras.Model, depth: int | str = "all", *, batch_norm: str = "a
             "adapt": the statistics are estimated anew, once, by `adapt_batch_norm`; gamma and beta stay.
             "train": both move.
             In frozen blocks nothing moves, ever.
+            Call `freeze` again after loading a saved model: Keras keeps the flags of layers, not those of single
+            variables, so "affine" comes back as "frozen".
 
     Returns:
         The model.
@@ -46,15 +48,18 @@ def freeze(model: keras.Model, depth: int | str = "all", *, batch_norm: str = "a
     for index, block in enumerate(blocks):
         for name in block.layers:
             layer = backbone.get_layer(name)
-            still = isinstance(layer, keras.layers.BatchNormalization) and batch_norm in ("frozen", "adapt")
-            layer.trainable = index >= count and not still
-    if backbone is not model:
-        _pin_inference(backbone, batch_norm != "train")
-    elif batch_norm == "affine" and _trained_batch_norms(backbone):
-        raise InputError(
-            f"Model {model.name!r} has no nested backbone whose mode could be fixed, so batch_norm='affine' cannot "
-            "hold its statistics still; use batch_norm='frozen' or 'train', or build the model with build_model."
-        )
+            trains = index >= count
+            if not isinstance(layer, keras.layers.BatchNormalization):
+                layer.trainable = trains
+                continue
+            # A BatchNorm layer that is not trainable runs in inference mode, whatever the training argument says; its
+            # gamma and beta are trainable where their own flag says so. Passing training=False to the backbone's
+            # call would not do: inside `fit` Keras 3 overrides it.
+            layer.trainable = trains and batch_norm == "train"
+            if trains and batch_norm == "affine":
+                for variable in (layer.gamma, layer.beta):
+                    if variable is not None:
+                        variable.trainable = True
     return model
 
 
@@ -85,9 +90,6 @@ def adapt_batch_norm(model: keras.Model, images, *, batch_size: int = 64) -> ker
     layers = [backbone.get_layer(name) for block in trained for name in block.layers]
     norms = [layer for layer in layers if isinstance(layer, keras.layers.BatchNormalization)]
     kept = [(layer.momentum, layer.trainable) for layer in norms]
-    pinned = _is_pinned(backbone) if backbone is not model else False
-    if backbone is not model:
-        _pin_inference(backbone, False)
     try:
         for layer in norms:
             layer.trainable = True  # only then does training=True use the batch
@@ -98,8 +100,6 @@ def adapt_batch_norm(model: keras.Model, images, *, batch_size: int = 64) -> ker
     finally:
         for layer, (momentum, trainable) in zip(norms, kept, strict=True):
             layer.momentum, layer.trainable = momentum, trainable
-        if backbone is not model:
-            _pin_inference(backbone, pinned)
     return model
 
 
@@ -107,8 +107,8 @@ def frozen_variables(model: keras.Model) -> dict[str, keras.Variable]:
     """The variables that training must not move in the model's present state, by path."""
     backbone = backbone_of(model)
     moving = {id(v) for v in model.trainable_variables}
-    if backbone is model or not _is_pinned(backbone):
-        for layer in _trained_batch_norms(backbone):
+    for layer in backbone.layers:
+        if isinstance(layer, keras.layers.BatchNormalization) and layer.trainable:
             moving |= {id(v) for v in layer.non_trainable_variables}
     return {v.path: v for v in backbone.weights if id(v) not in moving}
 
@@ -149,31 +149,3 @@ def audit_frozen(model: keras.Model, before: dict[str, str]) -> dict:
 
 def _digest(variable) -> str:
     return hashlib.sha256(np.ascontiguousarray(variable.numpy()).tobytes()).hexdigest()
-
-
-def _trained_batch_norms(backbone):
-    return [
-        layer for layer in backbone.layers if isinstance(layer, keras.layers.BatchNormalization) and layer.trainable
-    ]
-
-
-def _calls(backbone):
-    # The nodes record how the surrounding model calls its nested backbone; the record is saved with the model.
-    # The first node belongs to the backbone's own construction only where it has been called on its own inputs.
-    return [node for node in backbone._inbound_nodes if "training" in node.arguments.kwargs]
-
-
-def _is_pinned(backbone) -> bool:
-    return any(node.arguments.kwargs["training"] is False for node in _calls(backbone))
-
-
-def _pin_inference(backbone, pinned: bool) -> None:
-    """Make the surrounding model call its backbone with training=False (statistics still, gamma and beta free)."""
-    calls = _calls(backbone)
-    if not calls:
-        raise InputError(
-            f"The backbone {backbone.name!r} was not called with a training argument, so BatchNorm cannot be held; "
-            "build the model with tfxfer.build_model."
-        )
-    for node in calls:
-        node.arguments.kwargs["training"] = False if pinned else None

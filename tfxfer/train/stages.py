@@ -18,6 +18,7 @@ from tfxfer.train.outcome import Outcome, TrainingData
 from tfxfer.train.tuning import Tuner
 
 CROSS_FIT_IMAGES = 300
+TUNING_FOLDS = 3  # each costs a whole fine-tuning; the probe's five cost nothing
 
 
 def run_stages(
@@ -152,7 +153,9 @@ class _Loop:
         data = self.data
         if not self._pools():
             return [(data.rows, data.held)]
-        return make_folds(data.labels, data.groups, data.all_rows, data.held[:0], seed=self.plan.seed)[0]
+        return make_folds(
+            data.labels, data.groups, data.all_rows, data.held[:0], seed=self.plan.seed, num_folds=TUNING_FOLDS
+        )[0]
 
     def _judge_probe(self) -> None:
         """Held-out probabilities of the probe on what fine-tuning is judged on."""

@@ -17,7 +17,7 @@ from tfxfer.specs import Plan, Stage
 from tfxfer.train.clock import Clock, StopOnTime
 from tfxfer.train.outcome import Outcome, TrainingData
 
-MIN_STEPS = 150
+MIN_STEPS = 100
 BLEND_SHARES = (0.25, 0.5, 0.75, 1.0)
 
 

@@ -1,0 +1,199 @@
+import keras
+import numpy as np
+import pytest
+from small_networks import SIZE_PX, around, moved, norm_backbone, norm_model, pictures, values
+
+from tfxfer.errors import CheckError, InputError
+from tfxfer.model.build import build_model
+from tfxfer.model.freeze import (
+    adapt_batch_norm,
+    audit_frozen,
+    digest_frozen,
+    freeze,
+    frozen_variables,
+    unfreeze,
+)
+from tfxfer.specs import BATCH_NORM_STATES
+
+IMAGES, LABELS = pictures(24), np.arange(24) % 3
+HEAD = {"logits/kernel", "logits/bias"}
+KERNELS = {"b_conv/kernel", "c_conv/kernel"}
+AFFINE = {f"{name}_bn/{part}" for name in "bc" for part in ("gamma", "beta")}
+STATISTICS = {f"{name}_bn/moving_{part}" for name in "bc" for part in ("mean", "variance")}
+# What a fit may move behind one frozen block, by the state of BatchNorm.
+MOVES = {
+    "frozen": KERNELS | HEAD,
+    "affine": KERNELS | HEAD | AFFINE,
+    "adapt": KERNELS | HEAD,
+    "train": KERNELS | HEAD | AFFINE | STATISTICS,
+}
+
+
+def fit(model: keras.Model) -> None:
+    model.compile(optimizer=keras.optimizers.Adam(0.01), loss="sparse_categorical_crossentropy")
+    model.fit(IMAGES, LABELS, epochs=2, batch_size=8, verbose=0)
+
+
+def trainable(model) -> set[str]:
+    return {variable.path for variable in model.trainable_variables}
+
+
+@pytest.mark.parametrize(
+    ("depth", "count"),
+    [(0, 0), (1, 1), (3, 3), ("2", 2), ("all", 3), ("a_conv", 1), ("b_conv", 2), ("c_conv", 3)],
+)
+def test_the_leading_blocks_freeze_and_the_rest_trains(depth, count):
+    model = freeze(norm_model(), depth)
+    blocks = [{f"{name}_conv/kernel", f"{name}_bn/gamma", f"{name}_bn/beta"} for name in "abc"]
+    assert trainable(model) == HEAD.union(*blocks[count:])
+
+
+@pytest.mark.parametrize("depth", [-1, 4, "4", "b_bn", 0.5])
+def test_what_matches_no_block_is_refused_and_changes_nothing(depth):
+    model = freeze(norm_model(), 1)
+    before = trainable(model)
+    with pytest.raises(InputError, match=r"(out of range: there are 3 blocks|No block is named 'b_bn')"):
+        freeze(model, depth)
+    assert trainable(model) == before
+
+
+def test_an_unknown_state_of_batch_norm_is_refused_with_a_near_match():
+    with pytest.raises(InputError, match=r"Unknown batch_norm 'affin'\. Did you mean 'affine'"):
+        freeze(norm_model(), 1, batch_norm="affin")
+
+
+def test_freezing_sets_the_state_and_does_not_add_to_it():
+    model = norm_model()
+    for depth, state in (("all", "frozen"), (0, "train"), (2, "adapt"), (1, "affine")):
+        freeze(model, depth, batch_norm=state)
+    again = freeze(norm_model(), 1, batch_norm="affine")
+    assert trainable(model) == trainable(again)
+    assert set(frozen_variables(model)) == set(frozen_variables(again))
+    before = values(model)
+    fit(model)
+    assert moved(before, model) == MOVES["affine"]
+    assert trainable(unfreeze(model)) == trainable(freeze(norm_model(), 0))
+
+
+@pytest.mark.parametrize("state", BATCH_NORM_STATES)
+def test_each_state_moves_what_it_says_and_nothing_else_also_after_saving(state, tmp_path):
+    model = freeze(norm_model(), 1, batch_norm=state)
+    before, digests = values(model), digest_frozen(model)
+    assert set(digests) == set(before) - MOVES[state]
+    fit(model)
+    assert moved(before, model) == MOVES[state]
+    assert audit_frozen(model, digests)["bit_identical"] is True
+
+    model.save(tmp_path / "model.keras")
+    loaded = keras.models.load_model(tmp_path / "model.keras", compile=False)
+    np.testing.assert_array_equal(loaded.predict(IMAGES, verbose=0), model.predict(IMAGES, verbose=0))
+    before = values(loaded)
+    # Keras saves the flags of layers, not of variables: "affine" comes back as "frozen" until freeze is called again.
+    kept = MOVES["frozen" if state == "affine" else state]
+    assert set(digest_frozen(loaded)) == set(before) - kept
+    fit(loaded)
+    assert moved(before, loaded) == kept
+    freeze(loaded, 1, batch_norm=state)
+    assert set(digest_frozen(loaded)) == set(before) - MOVES[state]
+
+
+def test_a_call_in_training_mode_moves_no_frozen_statistic():
+    model = freeze(norm_model(), "all", batch_norm="train")
+    before = values(model)
+    model(IMAGES, training=True)
+    assert moved(before, model) == set()
+
+
+def test_adapted_statistics_are_the_means_over_the_batches_of_what_reaches_the_layer():
+    model = freeze(norm_model(), 0, batch_norm="adapt")
+    before = values(model)
+    adapt_batch_norm(model, IMAGES[:20], batch_size=8)  # batches of 8, 8 and 4
+    assert moved(before, model) == STATISTICS | {"a_bn/moving_mean", "a_bn/moving_variance"}
+
+    def convolve(name, x):
+        return keras.ops.convert_to_numpy(keras.ops.conv(x, before[f"{name}/kernel"], strides=2, padding="valid"))
+
+    expected = {"a": [], "b": []}
+    for start in (0, 8, 16):
+        x = IMAGES[start : min(start + 8, 20)].astype(np.float32) / 255
+        for name, statistics in expected.items():
+            x = convolve(f"{name}_conv", x)
+            mean, variance = x.mean((0, 1, 2)), x.var((0, 1, 2))
+            statistics.append([mean, variance])
+            x = (x - mean) / np.sqrt(variance + 1e-3) * before[f"{name}_bn/gamma"] + before[f"{name}_bn/beta"]
+            x = np.maximum(x, 0)
+    after = values(model)
+    for name, statistics in expected.items():
+        mean, variance = np.mean(statistics, axis=0)
+        np.testing.assert_allclose(after[f"{name}_bn/moving_mean"], mean, rtol=1e-4, atol=1e-6)
+        np.testing.assert_allclose(after[f"{name}_bn/moving_variance"], variance, rtol=1e-4, atol=1e-6)
+
+
+def test_adapting_leaves_frozen_blocks_and_the_state_alone():
+    model = freeze(norm_model(), "a_conv", batch_norm="adapt")
+    before, state = values(model), trainable(model)
+    adapt_batch_norm(model, IMAGES)
+    assert moved(before, model) == STATISTICS
+    x = before["a_conv/kernel"]
+    x = keras.ops.conv(IMAGES.astype(np.float32) / 255, x, strides=2)
+    x = keras.ops.batch_normalization(
+        x, before["a_bn/moving_mean"], before["a_bn/moving_variance"], -1, before["a_bn/beta"], before["a_bn/gamma"], 1e-3
+    )
+    x = keras.ops.convert_to_numpy(keras.ops.conv(keras.ops.relu(x), before["b_conv/kernel"], strides=2))
+    np.testing.assert_allclose(values(model)["b_bn/moving_mean"], x.mean((0, 1, 2)), rtol=1e-4)
+    np.testing.assert_allclose(values(model)["b_bn/moving_variance"], x.var((0, 1, 2)), rtol=1e-4)
+    assert trainable(model) == state
+    adapted = values(model)
+    fit(model)
+    assert moved(adapted, model) == MOVES["adapt"]
+
+
+@pytest.mark.parametrize("name", ["a_conv/kernel", "a_bn/moving_variance", "c_bn/moving_mean", "b_bn/gamma"])
+def test_the_audit_names_a_frozen_variable_that_was_changed(name):
+    model = freeze(norm_model(), 1, batch_norm="frozen")
+    before = digest_frozen(model)
+    assert audit_frozen(model, before)["bit_identical"] is True
+    variable = next(v for v in model.weights if v.path == name)
+    value = variable.numpy()
+    value.flat[0] = np.nextafter(value.flat[0], np.float32(9))  # the last bit
+    variable.assign(value)
+    with pytest.raises(CheckError, match=rf"1 of 13 frozen variables changed during training, the first is {name}") as e:
+        audit_frozen(model, before)
+    assert e.value.exit_status == 1
+
+
+def test_the_audit_counts_what_is_frozen():
+    model = freeze(norm_model(), 1, batch_norm="frozen")
+    audit = audit_frozen(model, digest_frozen(model))
+    assert audit["num_variables"] == 1 + 3 * 4  # the kernel of the first block, four of each BatchNorm
+    assert audit["num_parameters"] == 3 * 3 * 3 * 4 + 4 * (4 + 6 + 5)
+    other = freeze(norm_model(seed=1), 1, batch_norm="frozen")
+    assert audit["sha256"] != audit_frozen(other, digest_frozen(other))["sha256"]
+
+
+@pytest.mark.parametrize("nested", [False, True])
+def test_what_keras_cannot_hold_still_is_refused(nested):
+    """In `fit` Keras calls nested models in training mode, also where `training=False` was asked for."""
+    model = norm_backbone()
+    if nested:
+        inputs = keras.Input((SIZE_PX, SIZE_PX, 3))
+        model = keras.Model(inputs, keras.layers.Dense(2, name="logits")(model(inputs, training=False)))
+    head = HEAD if nested else set()
+    assert trainable(freeze(model, 1, batch_norm="frozen")) == KERNELS | head
+    assert trainable(freeze(model, "b_conv", batch_norm="train")) == {"c_conv/kernel", "c_bn/gamma", "c_bn/beta"} | head
+    with pytest.raises(InputError, match=r"batch_norm='frozen' or 'train'"):
+        freeze(model, 2, batch_norm="affine")
+    freeze(model, "all", batch_norm="affine")  # nothing to hold
+
+
+def test_one_step_with_a_card_s_blocks_leaves_everything_frozen_bit_identical():
+    model = freeze(build_model("digits_cnn", 3), "conv3")
+    before = values(model)
+    model.compile(optimizer="sgd", loss="sparse_categorical_crossentropy")
+    model.fit(pictures(4, size_px=32), np.array([0, 1, 2, 0]), verbose=0)
+    assert moved(before, model) == HEAD | {"dense1/kernel", "dense1/bias"}
+
+
+def test_the_head_s_names_do_not_matter():
+    model = freeze(around(norm_backbone(), ["cat", "dog"]), "all")
+    assert trainable(model) == HEAD
