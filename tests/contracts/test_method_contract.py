@@ -8,7 +8,10 @@ from tfxfer.methods import METHODS
 from tfxfer.specs import Plan, Recipe, Stage, read_toml
 from tfxfer.train.recipes import RECIPES
 
-SHORT = Recipe("short", (Stage("probe", solver="convex", epochs=0), Stage("tune", epochs=2, learning_rates=(1e-3,), min_steps=False)))
+SHORT = Recipe(
+    "short",
+    (Stage("probe", solver="convex", epochs=0), Stage("tune", epochs=2, learning_rates=(1e-3,), min_steps=False)),
+)
 
 
 @pytest.mark.parametrize("name", RECIPES)

@@ -107,9 +107,7 @@ def test_the_pretrained_weights_load_and_are_not_random(card):
     if package and importlib.util.find_spec(package) is None:
         pytest.skip(f"weights not installed: {card.weights['install']}")
     size = card.min_image_size_px
-    first, again, random = (
-        load_backbone(card, image_size=size, weights=weights) for weights in (True, True, False)
-    )
+    first, again, random = (load_backbone(card, image_size=size, weights=weights) for weights in (True, True, False))
     for one, same, other in zip(first.weights, again.weights, random.weights, strict=True):
         assert np.isfinite(one.numpy()).all()
         np.testing.assert_array_equal(one.numpy(), same.numpy())
