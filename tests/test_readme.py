@@ -47,7 +47,7 @@ def options_of(command):
     return {option for parameter in COMMANDS[command].params for option in parameter.opts}
 
 
-# -- the two commands ---------------------------------------------------------------------------------------------------
+# -- the two commands --------------------------------------------------------------------------------
 
 
 def test_the_first_two_commands_are_one_line_each():
@@ -69,7 +69,7 @@ def test_shell_blocks_parse(block):
     assert subprocess.run(["bash", "-n"], input=block, text=True, capture_output=True).stderr == ""
 
 
-# -- command line -------------------------------------------------------------------------------------------------------
+# -- command line --------------------------------------------------------------------------------
 
 
 def quoted_commands():
@@ -103,7 +103,7 @@ def test_recipes_and_statuses_are_all_there():
     assert set(METHODS) == {"fine_tune", "probe"}, "a new method wants a word in the README"
 
 
-# -- tables -------------------------------------------------------------------------------------------------------------
+# -- tables --------------------------------------------------------------------------------
 
 
 def test_the_source_table_is_the_catalogue():
@@ -133,12 +133,12 @@ def test_links_lead_somewhere():
             assert target.startswith("https://") or (ROOT / target).exists(), target
 
 
-# -- Python -------------------------------------------------------------------------------------------------------------
+# -- Python --------------------------------------------------------------------------------
 
 
 def test_names_in_the_text_are_public():
     named = set(re.findall(r"`tfxfer\.([a-zA-Z_]+)", README))
-    assert len(named) > 5 and named <= set(tfxfer.__all__)
+    assert len(named) >= 5 and named <= set(tfxfer.__all__)
 
 
 def calls():

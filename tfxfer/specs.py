@@ -133,7 +133,7 @@ class Stage(Spec):
         solver: "convex" (regularised logistic head on frozen features, to its optimum) or "adamw".
         freeze_depth: Leading blocks frozen: a count, a block name (inclusive), "all", or "auto" (the card's).
         epochs: Passes over the training part, at least 1; 0 for the convex solver.
-        learning_rates: Peak rates tried; the best by validation log loss is kept. One value: used as it is.
+        learning_rates: Peak rates measured from the highest down until one is no better; one value is used as it is.
         warmup_share: Share of the steps that the rate climbs; cosine to zero afterwards.
         weight_decay: Decoupled; kernels only.
         label_smoothing: In [0, 1).
@@ -145,9 +145,9 @@ class Stage(Spec):
     name: str
     solver: str = "adamw"
     freeze_depth: int | str = "auto"
-    epochs: int = 10
+    epochs: int = 6
     learning_rates: tuple[float, ...] = (1e-4, 3e-4, 1e-3)
-    warmup_share: float = 0.1
+    warmup_share: float = 0.2
     weight_decay: float = 0.01
     label_smoothing: float = 0.1
     batch_norm: str = "frozen"

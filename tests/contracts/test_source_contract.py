@@ -45,7 +45,7 @@ def test_the_card_survives_a_dict_and_refuses_unknown_keys(card):
     assert Source.from_dict(card.to_dict()) == card
     on_disk = tomllib.loads((MODELS / card.name / "card.toml").read_text(encoding="utf-8"))
     assert Source.from_dict(on_disk) == card
-    with pytest.raises(InputError, match="Unknown key 'license'.*Did you mean 'licence'"):
+    with pytest.raises(InputError, match=r"Unknown key 'license'.*Did you mean 'licence'"):
         Source.from_dict({**on_disk, "license": "MIT"})
 
 

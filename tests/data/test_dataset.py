@@ -92,7 +92,9 @@ def test_load_test_data_takes_everything_or_the_test_part(folder, tmp_path, make
         load_test_data(folder, ("cat", "cow"))
     for path in (tmp_path / "parts" / "test").rglob("*.png"):
         path.write_bytes(b"")
-    with pytest.raises(InputError, match="No image of parts can be read; the first, test/cat/0300.png: the file is empty"):
+    with pytest.raises(
+        InputError, match=r"No image of parts can be read; the first, test/cat/0300\.png: the file is empty"
+    ):
         load_test_data(tmp_path / "parts", names)
 
 

@@ -46,7 +46,7 @@ def test_parts_by_folder(tmp_path, make_classes, folders, expected):
     assert len(data) == 2 * sum(folders.values())
     for name in folders:
         part = {"train": "train", "test": "test"}.get(name.lower(), "val")
-        inside = {id for id in data.part(part).ids}
+        inside = set(data.part(part).ids)
         if part != "train":  # a given part is taken as it is
             assert inside == {id for id in ids(data) if id.startswith(f"{name}/")}
     if "test" not in folders:  # never is the validation part the test
@@ -100,7 +100,7 @@ def hostile(tmp_path, make_classes, make_picture) -> Path:
     # Unusual but good.
     b = root / "b"
     make_picture(70).convert("P").save(b / "gif named.jpg", "gif")
-    Image.fromarray((np.asarray(make_picture(71).convert("L"), np.uint16) * 257)).save(b / "deep.png")
+    Image.fromarray(np.asarray(make_picture(71).convert("L"), np.uint16) * 257).save(b / "deep.png")
     make_picture(72).convert("CMYK").save(b / "cmyk.jpg")
     exif = Image.Exif()
     exif[0x0112] = 6
@@ -204,7 +204,9 @@ def test_too_few_remain_names_the_first_refused(tmp_path, make_classes):
     make_classes(tmp_path / "data", {"a": 5, "b": 1})
     for number in range(3):
         (tmp_path / "data" / "b" / f"broken{number}.jpg").write_text("text")
-    with pytest.raises(InputError, match=r"Class 'b' has one image.*3 files were refused, the first b/broken0\.jpg: it is"):
+    with pytest.raises(
+        InputError, match=r"Class 'b' has one image.*3 files were refused, the first b/broken0\.jpg: it is"
+    ):
         load_data(tmp_path / "data")
     for path in (tmp_path / "data").rglob("*.png"):
         path.write_bytes(b"")
@@ -216,7 +218,8 @@ def test_class_names_fix_the_label_order(tmp_path, make_classes):
     make_classes(tmp_path / "data", {"a": 9, "b": 9})
     data = load_data(tmp_path / "data", class_names=("b", "a"))
     assert data.class_names == ("b", "a")
-    assert all((id[0] == "b") == (label == 0) for id, label in zip(data.part("train").ids, data.part("train").labels))
+    part = data.part("train")
+    assert all((id[0] == "b") == (label == 0) for id, label in zip(part.ids, part.labels, strict=True))
     with pytest.raises(InputError, match="has a class 'b' that was not asked for"):
         load_data(tmp_path / "data", class_names=("a", "c"))
     with pytest.raises(InputError, match="Class 'c' has no image"):

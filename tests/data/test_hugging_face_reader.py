@@ -31,7 +31,9 @@ def test_rows_become_items(made):
 def test_dict_of_splits_and_broken_rows(made, tmp_path):
     (tmp_path / "broken.png").write_text("text")
     cut = made.train_test_split(test_size=0.3, seed=0)
-    row = datasets.Dataset.from_dict({"picture": [str(tmp_path / "broken.png"), None], "kind": [0, 1]}, features=made.features)
+    row = datasets.Dataset.from_dict(
+        {"picture": [str(tmp_path / "broken.png"), None], "kind": [0, 1]}, features=made.features
+    )
     cut["train"] = datasets.concatenate_datasets([cut["train"], row])
     data = load_data(cut)
     assert list(data.parts) == ["train", "val", "test"] and len(data) == 40
@@ -42,7 +44,7 @@ def test_dict_of_splits_and_broken_rows(made, tmp_path):
 
 
 def test_missing_columns(made):
-    with pytest.raises(InputError, match="0 columns of type Image; expected one. It has: kind"):
+    with pytest.raises(InputError, match=r"0 columns of type Image; expected one\. It has: kind"):
         load_data(made.remove_columns("picture"))
     with pytest.raises(InputError, match="Unknown split 'left'"):
         load_data(datasets.DatasetDict({"left": made}))

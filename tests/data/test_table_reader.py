@@ -69,19 +69,24 @@ def test_missing_files_are_quarantined_and_text_labels_sorted_as_numbers(table):
 
 def test_data_frame_equals_the_csv(table, tmp_path, monkeypatch):
     pandas = pytest.importorskip("pandas")
-    rows = [f"img/{n:04d}.png,{n % 2},{'test' if n < 8 else ''},,{1.5 if n % 3 else ''}" for n in range(40)]
+    rows = [
+        f"img/{n:04d}.png,{n % 2},{'test' if n < 8 else ''},{n // 2 if n > 20 else ''},{1.5 if n % 3 else ''}"
+        for n in range(40)
+    ]
     path = table("path,label,split,group,weight", *rows)
     monkeypatch.chdir(tmp_path)
     frame = pandas.read_csv(path)
     from_csv, from_frame = load_data(path), load_data(frame)
     assert from_frame.class_names == ("0", "1")
     assert from_frame.fingerprint == from_csv.fingerprint
+    assert from_frame.part("train").groups == from_csv.part("train").groups
+    assert "15" in {group for part in from_frame.parts.values() for group in part.groups}
     assert from_frame.part("train").ids == from_csv.part("train").ids
     assert np.array_equal(from_frame.part("train").weights, from_csv.part("train").weights)
     shutil.copytree(tmp_path / "img", tmp_path / "absolute")
     frame["path"] = [str(tmp_path / "absolute" / p[4:]) for p in frame["path"]]
     assert load_data(frame).fingerprint == from_csv.fingerprint
-    with pytest.raises(InputError, match="The DataFrame has no column 'label'. Did you mean 'labels'"):
+    with pytest.raises(InputError, match=r"The DataFrame has no column 'label'\. Did you mean 'labels'"):
         read(frame.rename(columns={"label": "labels"}))
 
 
@@ -108,12 +113,14 @@ def test_bad_tables(tmp_path, text, message):
 
 def test_groups_across_given_splits_are_refused(table):
     rows = [f"img/{n:04d}.png,{n % 2},{'test' if n < 20 else 'train'},{n % 20}" for n in range(40)]
-    with pytest.raises(InputError, match=r"Group '0' is in two given parts \(img/0000.png in test, img/0020.png in train"):
+    with pytest.raises(
+        InputError, match=r"Group '0' is in two given parts \(img/0000.png in test, img/0020.png in train"
+    ):
         load_data(table("path,label,split,group", *rows))
 
 
 def test_no_such_table_or_not_text(tmp_path):
-    with pytest.raises(InputError, match="Cannot read the table .*no such file"):
+    with pytest.raises(InputError, match=r"Cannot read the table .*no such file"):
         load_data(tmp_path / "none.csv")
     (tmp_path / "image.csv").write_bytes(b"\x89PNG\xff\xfe\n\x00")
     with pytest.raises(InputError, match="is not a CSV file in UTF-8"):

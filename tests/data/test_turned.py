@@ -45,6 +45,11 @@ def test_copies_are_found_and_nothing_else():
     assert len(near_duplicate_pairs(looks, np.full(24, 240))) == 0  # what the perceptual hash alone cannot see
 
 
+def test_bright_things_on_black_are_matched_too():
+    originals = [ImageOps.invert(cells(seed)).point(lambda value: max(0, value - 40)) for seed in range(4)]
+    assert pairs_of([*originals, *(COPIES[0](image) for image in originals)]).tolist() == [[n, n + 4] for n in range(4)]
+
+
 def test_only_within_a_class():
     assert pairs_of([cells(0), COPIES[0](cells(0)), COPIES[1](cells(0))], ["a", "b", "a"]).tolist() == [[0, 2]]
 
@@ -82,7 +87,9 @@ def test_blood_cells_by_their_originals(shared_data):
     patterns = list(map_threads(lambda path: local_patterns(Image.open(path).convert("RGB")), files))
     points, descriptions = (np.stack(values) for values in zip(*patterns, strict=True))
     groups = linked_groups(len(files), turned_pairs(points, descriptions, labels).tolist())
-    count = {name: len({group for group, label in zip(groups, labels, strict=True) if label == name}) for name in labels}
+    count = {
+        name: len({group for group, label in zip(groups, labels, strict=True) if label == name}) for name in labels
+    }
     assert {name: count[name] for name in ("eosinophil", "lymphocyte", "monocyte")} == {
         "eosinophil": 13,
         "lymphocyte": 6,

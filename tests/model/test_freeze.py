@@ -62,17 +62,25 @@ def test_an_unknown_state_of_batch_norm_is_refused_with_a_near_match():
         freeze(norm_model(), 1, batch_norm="affin")
 
 
-def test_freezing_sets_the_state_and_does_not_add_to_it():
+@pytest.mark.parametrize("state", BATCH_NORM_STATES)
+@pytest.mark.parametrize("earlier", BATCH_NORM_STATES)
+def test_freezing_sets_the_state_and_does_not_add_to_it(earlier, state):
+    model = freeze(norm_model(), 0, batch_norm=earlier)
+    for _ in range(2):
+        freeze(model, 1, batch_norm=state)
+        fresh = freeze(norm_model(), 1, batch_norm=state)
+        assert trainable(model) == trainable(fresh)
+        assert set(frozen_variables(model)) == set(frozen_variables(fresh))
+    assert trainable(unfreeze(model)) == trainable(freeze(norm_model(), 0))
+
+
+def test_the_last_of_many_states_is_what_a_fit_obeys():
     model = norm_model()
-    for depth, state in (("all", "frozen"), (0, "train"), (2, "adapt"), (1, "affine")):
+    for depth, state in ((0, "affine"), ("all", "frozen"), (0, "train"), (2, "adapt"), (0, "affine"), (1, "affine")):
         freeze(model, depth, batch_norm=state)
-    again = freeze(norm_model(), 1, batch_norm="affine")
-    assert trainable(model) == trainable(again)
-    assert set(frozen_variables(model)) == set(frozen_variables(again))
     before = values(model)
     fit(model)
     assert moved(before, model) == MOVES["affine"]
-    assert trainable(unfreeze(model)) == trainable(freeze(norm_model(), 0))
 
 
 @pytest.mark.parametrize("state", BATCH_NORM_STATES)

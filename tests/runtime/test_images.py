@@ -117,7 +117,9 @@ def bomb(width: int, height: int) -> bytes:
         return struct.pack(">I", len(body)) + kind + body + struct.pack(">I", zlib.crc32(kind + body))
 
     header = struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)
-    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(b"\0" * 99)) + chunk(b"IEND", b"")
+    return (
+        b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(b"\0" * 99)) + chunk(b"IEND", b"")
+    )
 
 
 @pytest.mark.filterwarnings("ignore::PIL.Image.DecompressionBombWarning")
@@ -183,6 +185,19 @@ def test_many_images_keep_their_order(tmp_path, workers):
     assert pixels.shape == (100, 6, 6, 3)
     assert np.array_equal(pixels[:, 2, 2, 1], np.arange(100))
     assert seen == [(done, 100) for done in range(1, 101)]
+
+
+def test_results_of_threads_come_in_order_and_lazily():
+    asked = []
+
+    def numbers():
+        for number in range(500):
+            asked.append(number)
+            yield number
+
+    results = images.map_threads(lambda number: number**2, numbers(), 3)
+    assert next(results) == 0 and len(asked) < 100
+    assert list(results) == [number**2 for number in range(1, 500)]
 
 
 def test_first_unreadable_of_many_is_named(tmp_path):

@@ -9,7 +9,6 @@ import numpy as np
 from PIL import Image
 
 from tfxfer.data.items import Content, Item
-from tfxfer.data.turned import local_patterns
 from tfxfer.runtime.files import sha256_of_bytes
 from tfxfer.runtime.images import (
     ImageError,
@@ -82,6 +81,8 @@ def audit(
         if small is not None:
             small[row] = small_look(image)
         if patterns:
+            from tfxfer.data.turned import local_patterns  # here, as it brings SciPy
+
             local[row] = local_patterns(image)
         if pixels is not None and size_px is not None:
             pixels[row] = np.asarray(resize_square(image, size_px))

@@ -108,7 +108,9 @@ class Dataset:
             ImageError: Where a file changed since the audit and cannot be decoded any more.
         """
         if (part, size_px) not in self._pixels:
-            self._pixels[part, size_px] = _decode(self.part(part).contents, size_px, on_progress)
+            pixels = _decode(self.part(part).contents, size_px, on_progress)
+            pixels.flags.writeable = False
+            self._pixels[part, size_px] = pixels
         return self._pixels[part, size_px]
 
     def counts(self) -> dict[str, dict[str, int]]:

@@ -12,7 +12,6 @@ from tfxfer.data.dataset import Dataset, Part, parts_in_order
 from tfxfer.data.duplicates import linked_groups, near_duplicate_pairs
 from tfxfer.data.items import PARTS, Item, Reading, joined, part_named, with_groups
 from tfxfer.data.split import check_fractions, split_items
-from tfxfer.data.turned import turned_pairs
 from tfxfer.errors import InputError
 from tfxfer.runtime.images import Progress
 
@@ -45,7 +44,7 @@ def load_data(
         split: A split.csv of an earlier run: images in it keep their part.
         image_size: Side in pixels of the images to keep in memory from the one decoding pass.
         near_duplicates: Whether near-duplicates are found and kept together; "turned" finds turned, mirrored and
-            shifted copies of a class too, which takes some 20 seconds for 900 images.
+            shifted copies of a class too, which takes some 10 seconds for 900 images.
         class_names: The classes in label order, where it is not to be the order of names; for arrays the names of
             the labels 0, 1, 2 ...
         on_progress: Called with (done, total) while images are decoded.
@@ -183,6 +182,8 @@ def _pairs(checked: Audit, rows: Sequence[int]) -> np.ndarray:
     pairs = near_duplicate_pairs(checked.looks[kept], checked.sides_px[kept])
     if checked.patterns is None:
         return pairs
+    from tfxfer.data.turned import turned_pairs
+
     points, descriptions = (values[kept] for values in checked.patterns)
     turned = turned_pairs(points, descriptions, [checked.items[row].label for row in rows])
     return np.concatenate([pairs, turned])

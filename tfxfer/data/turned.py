@@ -5,6 +5,9 @@ from collections.abc import Sequence
 import numpy as np
 from PIL import Image
 from scipy.ndimage import gaussian_filter, maximum_filter
+from threadpoolctl import threadpool_limits
+
+from tfxfer.runtime.images import map_threads
 
 NUM_POINTS = 60
 MIN_MATCHES = 10
@@ -60,19 +63,32 @@ def turned_pairs(points: np.ndarray, descriptions: np.ndarray, labels: Sequence[
     Returns:
         (P, 2) int64, the smaller index first.
     """
-    pairs = []
     names = np.asarray(labels)
+    tasks = []
     for name in np.unique(names):
         rows = np.flatnonzero(names == name)
-        for place, row in enumerate(rows[:-1]):
-            for start in range(place + 1, len(rows), _BLOCK):
-                others = rows[start : start + _BLOCK]
-                own, matched = _matches(descriptions[row], descriptions[others])
-                for index in np.flatnonzero(matched.sum(axis=1) >= MIN_MATCHES):
-                    chosen = matched[index]
-                    if _num_rigid(points[row][own[index, chosen]], points[others[index]][chosen]) >= MIN_MATCHES:
-                        pairs.append((row, others[index]))
+        tasks += [(row, rows[place:]) for place, row in enumerate(rows[:-1], start=1)]
+
+    def partners(task: tuple[int, np.ndarray]) -> list[tuple[int, int]]:
+        return [(task[0], other) for other in _partners(points, descriptions, *task)]
+
+    # One BLAS thread each: with two, these small products took three times the processor time.
+    with threadpool_limits(1, "blas"):
+        pairs = [pair for found in map_threads(partners, tasks) for pair in found]
     return np.array(pairs, np.int64).reshape(-1, 2)
+
+
+def _partners(points: np.ndarray, descriptions: np.ndarray, row: int, others: np.ndarray) -> list[int]:
+    """Which of the other images are copies of image `row`."""
+    found = []
+    for start in range(0, len(others), _BLOCK):
+        block = others[start : start + _BLOCK]
+        own, matched = _matches(descriptions[row], descriptions[block])
+        for index in np.flatnonzero(matched.sum(axis=1) >= MIN_MATCHES):
+            chosen = matched[index]
+            if _num_rigid(points[row][own[index, chosen]], points[block[index]][chosen]) >= MIN_MATCHES:
+                found.append(int(block[index]))
+    return found
 
 
 def _points(grey: np.ndarray) -> np.ndarray:
@@ -82,7 +98,8 @@ def _points(grey: np.ndarray) -> np.ndarray:
     coarse = gaussian_filter(middle, 4.0)
     allowed = np.zeros(grey.shape, bool)
     allowed[_MARGIN_PX:-_MARGIN_PX, _MARGIN_PX:-_MARGIN_PX] = True
-    allowed &= ~maximum_filter(grey < _BLACK, 2 * _MARGIN_PX + 1)
+    if np.median(grey) > 2 * _BLACK:  # a picture of bright things on black keeps its points
+        allowed &= ~maximum_filter(grey < _BLACK, 2 * _MARGIN_PX + 1)
     found = []
     for response in (np.abs(fine - middle), np.abs(middle - coarse)):
         peaks = (response == maximum_filter(response, 5)) & allowed & (response > 0.5)

@@ -134,8 +134,7 @@ class SuffixTrainer:
             callbacks: The user's.
         """
         epochs = epochs or self.stage.epochs
-        self._restart()
-        keras.utils.set_random_seed(seed)
+        self._restart(seed)
         activations, num_views = self.extracted.activations, len(self.extracted.views)
         batches = CachedViews(activations, num_views, self.targets, self.weights, rows, self.batch_size, seed)
         watch = [WarmupCosine(learning_rate, epochs * len(batches), self.stage.warmup_share)]
@@ -179,8 +178,12 @@ class SuffixTrainer:
         logits = self.suffix.predict(self.extracted.activations[0][rows], batch_size=256, verbose=0)
         return log_softmax(logits)
 
-    def _restart(self) -> None:
+    def _restart(self, seed: int) -> None:
+        keras.utils.set_random_seed(seed)
         self.suffix.set_weights(self.start)
+        for variable in self.suffix.variables:
+            if variable.path.endswith("seed_generator_state"):  # dropout's own, which no global seed reaches
+                variable.assign([seed, 0])
         for variable, value in zip(self.suffix.optimizer.variables, self._fresh, strict=True):
             variable.assign(value)
 

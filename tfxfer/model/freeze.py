@@ -56,10 +56,9 @@ def freeze(model: keras.Model, depth: int | str = "all", *, batch_norm: str = "a
             # gamma and beta are trainable where their own flag says so. Passing training=False to the backbone's
             # call would not do: inside `fit` Keras 3 overrides it.
             layer.trainable = trains and batch_norm == "train"
-            if trains and batch_norm == "affine":
-                for variable in (layer.gamma, layer.beta):
-                    if variable is not None:
-                        variable.trainable = True
+            for variable in (layer.gamma, layer.beta):  # each time: setting a layer's flag to what it was is no news
+                if variable is not None:
+                    variable.trainable = trains and batch_norm in ("affine", "train")
     return model
 
 

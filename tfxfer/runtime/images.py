@@ -100,6 +100,8 @@ def open_rgb(content: bytes, size_px: int | None = None) -> Image.Image:
         raise ImageError(_what_it_is(content)) from None
     except Image.DecompressionBombError:
         raise ImageError(f"it has more than {MAX_PIXELS // 10**6} megapixels") from None
+    except MemoryError:
+        raise
     except Exception as error:  # a hostile header makes Pillow's parsers raise nearly anything
         raise ImageError(f"its header is broken ({error})") from None
     width, height = image.size
@@ -111,7 +113,7 @@ def open_rgb(content: bytes, size_px: int | None = None) -> Image.Image:
             image.draft(image.mode, (side, side))
         image.load()
         return to_rgb(upright(image))
-    except ImageError:
+    except (ImageError, MemoryError):
         raise
     except Exception as error:  # as above, for the pixel data
         raise ImageError(_plain_reason(error)) from None

@@ -68,6 +68,7 @@ class _Loop:
             resolve_depth(blocks, auto_depth if s.freeze_depth == "auto" else s.freeze_depth) for s in self.tuned
         ]
         self.num_blocks = len(blocks)
+        self.depth = min(self.depths, default=self.num_blocks)
         self.outcome = Outcome()
         self.probe: Probe | None = None
 
@@ -78,6 +79,10 @@ class _Loop:
         with self.outcome.timed("prepare_features"):
             prefix = FrozenPrefix(cut)
         extracted = self._extract(prefix, "plain")
+        if self._batch_norm() == "adapt":  # before the probe, which is fitted to what the adapted layers compute
+            adapt_batch_norm(cut.suffix, extracted.activations[0][self.data.rows])
+            prefix = FrozenPrefix(cut)
+            extracted = self._extract(prefix, "plain")
         self._features = extracted.features[0]
         before = digest_frozen(self.model)
         if self.convex:
@@ -87,22 +92,20 @@ class _Loop:
             self._judge_probe()
             self.on_model("probe")
         if self.tuned and not self.clock.expired():
-            extracted = self._with_mirror(prefix, extracted)
-            before = self._adapt(cut, extracted) or before
-            tuner = Tuner(
-                self.model, cut, extracted, self.data, self.plan, self.tuned, self.depths, self.probe, self._splits(),
-                self.outcome, clock=self.clock, progress=self.progress, callbacks=self.callbacks,
-                on_model=self.on_model,
-            )  # fmt: skip
             try:
-                tuner.tune()
+                extracted = self._with_mirror(prefix, extracted)
+                Tuner(
+                    self.model, cut, extracted, self.data, self.plan, self.tuned, self.depths, self.probe,
+                    self._splits(), self.outcome, clock=self.clock, progress=self.progress, callbacks=self.callbacks,
+                    on_model=self.on_model,
+                ).tune()  # fmt: skip
             except KeyboardInterrupt:
                 self.outcome.interrupted = True
         self.outcome.out_of_time = self.clock.expired()
         self.outcome.audit = {
-            "freeze_depth": cut.depth,
+            "freeze_depth": self.depth,
             "num_blocks": self.num_blocks,
-            "frozen_blocks": [block.name for block in list_blocks(self.model)[: cut.depth]],
+            "frozen_blocks": [block.name for block in list_blocks(self.model)[: self.depth]],
             "batch_norm": self._batch_norm(),
             **audit_frozen(self.model, before),
         }
@@ -110,9 +113,8 @@ class _Loop:
 
     def _cut(self) -> Cut:
         """Cut at the shallowest stage, or shallower still where more than one tensor crosses."""
-        wanted = min(self.depths, default=self.num_blocks)
-        freeze(self.model, wanted, batch_norm=self._batch_norm())
-        for depth in range(wanted, -1, -1):
+        freeze(self.model, self.depth, batch_norm=self._batch_norm())
+        for depth in range(self.depth, -1, -1):
             cut = cut_model(self.model, depth)
             if cut is not None:
                 return cut
@@ -192,9 +194,3 @@ class _Loop:
                 return extracted
             self.probe = mirrored
         return both
-
-    def _adapt(self, cut: Cut, extracted: Extracted) -> dict[str, str] | None:
-        if self._batch_norm() != "adapt":
-            return None
-        adapt_batch_norm(cut.suffix, extracted.activations[0][self.data.rows])
-        return digest_frozen(self.model)

@@ -79,13 +79,20 @@ class Tuner:
             if share is None:
                 return
             if len(splits) == 1:
-                best = self._cooled(interpolate(starts[0], ends[0], share))
-            best = self._refit(origin, rounds, share) or best
-            self.outcome.chosen = "fine_tune" if share == 1.0 else "blend"
+                best = self._kept(self._cooled(interpolate(starts[0], ends[0], share)), share)
+            refitted = self._refit(origin, rounds, ends, share)
+            if refitted is not None:
+                best = self._kept(refitted, share)
         finally:
             cut.suffix.set_weights(best)
             if best is not kept:
                 self.on_model("fine_tune")
+
+    def _kept(self, weights, share: float) -> list[np.ndarray]:
+        """Note that these weights replace the probe; models of folds that end without a refit replace nothing."""
+        self.outcome.chosen = "fine_tune" if share == 1.0 else "blend"
+        self.outcome.held, self.outcome.held_probabilities = self.judged, self._tuned
+        return weights
 
     def _trainer(self, stage: Stage, depth: int) -> SuffixTrainer:
         freeze(self.model, depth, batch_norm=stage.batch_norm)
@@ -99,24 +106,24 @@ class Tuner:
         """Train once on each split, at the rate that was best on the first."""
         epochs = self._epochs(stage, len(self.splits[0][0]))
         runs = [self._best_rate(trainer, stage, starts[0], epochs)]
+        rate = runs[0].learning_rate
         for index in range(1, len(self.splits)):
             self.progress.phase(f"{stage.name}, fold {index + 1} of {len(self.splits)}")
-            runs.append(self._run(trainer, index, starts[index], runs[0].learning_rate, epochs))
+            runs.append(self._run(trainer, index, starts[index], rate, epochs))
         used = int(np.median([run.epochs for run in runs]))
         self.outcome.selection[stage.name] |= {
-            "learning_rate": runs[0].learning_rate,
+            "learning_rate": rate,
             "epochs": epochs,
             "best_epoch": used,
             "loss": float(np.mean([run.loss for run in runs])),
         }
-        chosen = {"stage": stage, "rate": runs[0].learning_rate, "epochs": epochs, "stop_after": used}
-        chosen["seconds"] = used * len(self.data.all_rows) * max(run.seconds_per_image for run in runs)
-        return chosen, runs
+        speed = max(run.seconds_per_image for run in runs)
+        return {"stage": stage, "rate": rate, "epochs": epochs, "used": used, "seconds_per_image": speed}, runs
 
     def _best_rate(self, trainer, stage, start, epochs: int) -> Trained:
-        """Whole runs on the first split, from the highest rate down, until one is worse than the one before.
+        """Whole runs on the first split, from the highest rate down, until one is no better than the one before.
 
-        Short runs would be cheaper and do not tell: high rates lose at first and win in the end.
+        Short runs would not tell: high rates lose at first and win in the end.
         """
         best: Trained | None = None
         losses = {}
@@ -125,9 +132,9 @@ class Tuner:
             run = self._run(trainer, 0, start, rate, epochs, self.callbacks)
             self._log(stage.name, run)
             losses[f"{rate:g}"] = run.loss
-            if best is not None and not run.loss < best.loss:
+            if best is not None and np.isfinite(best.loss) and not run.loss < best.loss:
                 break
-            best = run if best is None or run.loss < best.loss else best
+            best = run
             if self.clock.expired():
                 break
         self.outcome.selection[stage.name] = {"rates": losses}
@@ -144,7 +151,7 @@ class Tuner:
             )  # fmt: skip
 
     def _epochs(self, stage: Stage, count: int) -> int:
-        """At least MIN_STEPS steps: ten epochs of a hundred images would be forty steps, too few to move anything."""
+        """At least MIN_STEPS steps: six epochs of a hundred images would be 24 steps, too few to move anything."""
         steps = -(-count // self.plan.batch_size)
         return max(stage.epochs, -(-MIN_STEPS // steps)) if stage.min_steps else stage.epochs
 
@@ -162,7 +169,7 @@ class Tuner:
         found = {share: best_temperature(table, labels, weights) for share, table in scores.items()}
         share = min(found, key=lambda share: found[share][1])
         self._temperature = found[share][0]
-        tuned = np.exp(log_softmax(scores[share] / self._temperature))
+        tuned = self._tuned = np.exp(log_softmax(scores[share] / self._temperature))
         self.outcome.selection["blend"] = {
             "log_loss": {str(key): loss for key, (_, loss) in found.items()},
             "share": share,
@@ -188,28 +195,35 @@ class Tuner:
             }
             if not wins:
                 return None
-        self.outcome.held, self.outcome.held_probabilities = self.judged, tuned
         return share
 
-    def _refit(self, origin, rounds, share: float) -> list[np.ndarray] | None:
-        """The same decisions on train and validation part together; None where the time does not allow it."""
+    def _refit(self, origin, rounds, ends, share: float) -> list[np.ndarray] | None:
+        """The same decisions on train and validation part together; None where the time does not allow it.
+
+        A model that was judged on the validation part goes on from where it is, at a third of the rate and for a
+        third of the epochs; models of folds were trained to decide only, so all stages start again from the probe.
+        """
         rows = self.data.all_rows
-        if self.clock.remaining() < 1.2 * sum(chosen["seconds"] for chosen in rounds):
-            self.outcome.selection["refit"] = "left out: the time limit did not allow it"
-            return None
-        start = self._start(origin, rows)
-        end = start
-        for chosen, depth in zip(rounds, self.depths, strict=True):
-            stage = chosen["stage"]
+        start, goes_on = self._start(origin, rows), len(self.splits) == 1
+        end = ends[0] if goes_on else start
+        for chosen, depth in list(zip(rounds, self.depths, strict=True))[-1 if goes_on else 0 :]:
+            stage, rate, epochs, stop_after = chosen["stage"], chosen["rate"], chosen["epochs"], chosen["used"]
+            if goes_on:
+                rate, epochs, stop_after = rate / 3, max(2, round(stop_after / 3)), None
             self.progress.phase(f"{stage.name}, refit on train and validation part")
-            trainer = self._trainer(stage, depth)
-            trainer.start = end
-            with self.outcome.timed("refit"):
-                run = trainer.run(
-                    rows, chosen["rate"], epochs=chosen["epochs"], stop_after=chosen["stop_after"], seed=self.plan.seed,
-                    first_epoch=len(self.outcome.history),
-                    callbacks=[*self._watch(chosen["stop_after"]), *self.callbacks],
-                )  # fmt: skip
+            run = None
+            if self.clock.remaining() > 1.2 * (stop_after or epochs) * len(rows) * chosen["seconds_per_image"]:
+                trainer = self._trainer(stage, depth)
+                trainer.start = end
+                with self.outcome.timed("refit"):
+                    run = trainer.run(
+                        rows, rate, epochs=epochs, stop_after=stop_after, seed=self.plan.seed + 1,
+                        first_epoch=len(self.outcome.history),
+                        callbacks=[*self._watch(stop_after or epochs), *self.callbacks],
+                    )  # fmt: skip
+            if run is None or len(run.history) < (stop_after or epochs):
+                self.outcome.selection["refit"] = "left out: the time limit did not allow it"
+                return None
             self._log(f"{stage.name} (refit)", run)
             end = run.weights
         self.outcome.selection["refit"] = "train and validation part"

@@ -53,7 +53,7 @@ def fit(
         recipe: "auto" (probe, then the last blocks from the probe's solution), "probe", "full", or a `Recipe`.
         method: "fine_tune" (all stages; the default) or "probe" (convex stages only).
         freeze_depth: Leading blocks frozen while fine-tuning: a count, a block's name, or "all".
-        epochs: Of fine-tuning; by default ten, more where images are few.
+        epochs: Of fine-tuning; by default six, more where images are few.
         learning_rate: Peak; by default the best of three, measured.
         batch_norm: "frozen" (default), "affine", "adapt" or "train".
         callbacks: Keras callbacks for the fine-tuning epochs, which are numbered through.

@@ -269,7 +269,8 @@ class _Job:
             self.progress.phase("baseline: the same network from scratch")
             found = train_from_scratch(
                 self.card, plan, training, pixels, transfer_epochs=len(outcome.history),
-                mirror=outcome.cache.get("views", 1) > 1, progress=self.progress,
+                mirror=outcome.selection.get("mirror", {}).get("used", plan.augment == "mirror"),
+                progress=self.progress,
             )  # fmt: skip
         facts = {"converged": found.converged, "epochs": found.epochs, "validation_log_loss": found.best_log_loss}
         return {**tables, "the same network from scratch": found.probabilities}, facts

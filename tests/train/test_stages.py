@@ -1,0 +1,372 @@
+import dataclasses
+
+import keras
+import numpy as np
+import pytest
+from PIL import Image
+from small_networks import SIZE_PX, around, moved, norm_model, skip_backbone, values
+
+from tfxfer.features.cut import cut_model
+from tfxfer.features.extract import FrozenPrefix, extract
+from tfxfer.features.solvers import log_softmax
+from tfxfer.methods.probe import fit_probe
+from tfxfer.metrics import metric_value
+from tfxfer.model.freeze import digest_frozen, freeze
+from tfxfer.specs import Plan, Recipe, Stage
+from tfxfer.train import stages as stages_module
+from tfxfer.train.clock import Clock
+from tfxfer.train.outcome import TrainingData
+from tfxfer.train.recipes import get_recipe
+from tfxfer.train.stages import run_stages
+
+PROBE = Stage("probe", solver="convex", freeze_depth="all", epochs=0)
+# Far too low to move anything, and high enough to win surely over the few random features of an untrained network.
+IDLE = Stage("tune", freeze_depth=1, epochs=2, learning_rates=(1e-8,), min_steps=False)
+STRONG = Stage("tune", freeze_depth=1, epochs=14, learning_rates=(2e-2,), weight_decay=0.0, min_steps=False)
+
+
+@pytest.fixture(scope="module")
+def small_digits(digits):
+    images, labels = digits
+    shrunk = [np.asarray(Image.fromarray(image).resize((SIZE_PX, SIZE_PX))) for image in images[:1000]]
+    kept = np.flatnonzero(labels[:1000] < 4)
+    return np.stack(shrunk)[kept], labels[:1000][kept]
+
+
+@pytest.fixture
+def data(small_digits):
+    """160 digits of four classes to train on, 120 held out."""
+    return training_data(small_digits, 160, 120)
+
+
+def training_data(small_digits, num_train, num_held, may_pool=False, groups=None) -> TrainingData:
+    images, labels = small_digits
+    total = num_train + num_held
+    return TrainingData(
+        parts=(images[:num_train], images[num_train:total]),
+        labels=labels[:total],
+        weights=np.ones(total),
+        groups=tuple(map(str, range(total))) if groups is None else groups,
+        rows=np.arange(num_train),
+        held=np.arange(num_train, total),
+        num_classes=4,
+        may_pool=may_pool,
+    )
+
+
+def run(data, *stages, model=None, callbacks=(), clock=None, on_model=lambda stage: None, **plan):
+    model = model or norm_model(4)
+    plan = {"augment": "none", "batch_size": 32, "image_size": SIZE_PX} | plan
+    plan = Plan("small", Recipe("own", stages), **plan)
+    try:
+        outcome = run_stages(
+            model, plan, stages, data, auto_depth=1, callbacks=callbacks, clock=clock, on_model=on_model
+        )  # fmt: skip
+    except KeyboardInterrupt:
+        pytest.fail("Ctrl-C went through")
+    return model, outcome
+
+
+def probe_on(data, model, rows, held=()):
+    """The probe by its own parts, on what the model's backbone computes now."""
+    cut = cut_model(model, 3)
+    features = extract(FrozenPrefix(cut), data.parts).features
+    return features[0], fit_probe(
+        features, data.labels, data.weights, data.groups, np.asarray(rows), np.asarray(held, int), data.num_classes
+    )
+
+
+def accuracy(table, labels) -> float:
+    return metric_value("accuracy", labels, table)
+
+
+def raising_at(epoch: int, error=KeyboardInterrupt):
+    def stop(number, logs):
+        if number == epoch:
+            raise error
+
+    return keras.callbacks.LambdaCallback(on_epoch_end=stop)
+
+
+def check_model_is(model, data, outcome, head):
+    """The model's head, and the probabilities it gives, are the probe's."""
+    for ours, expected in zip(model.get_layer("logits").get_weights(), (head.kernel, head.bias), strict=True):
+        np.testing.assert_allclose(ours, expected, atol=1e-4 * np.abs(expected).max())
+    assert outcome.chosen == "probe"
+
+
+def test_the_probe_alone(data):
+    model = norm_model(4)
+    before = values(model)
+    model, outcome = run(data, PROBE, model=model)
+    assert moved(before, model) == {"logits/kernel", "logits/bias"}
+    features, probe = probe_on(data, model, data.rows, data.held)
+    check_model_is(model, data, outcome, probe.head(data.all_rows))
+    np.testing.assert_array_equal(outcome.held, data.held)
+    judged = np.exp(log_softmax(probe.head(data.rows).logits(features[data.held])))  # not trained on these
+    np.testing.assert_allclose(outcome.held_probabilities, judged, atol=1e-3)
+    assert outcome.selection["probe"]["log_loss"] == pytest.approx(probe.log_loss, rel=1e-3)
+    assert outcome.history == [] and not outcome.interrupted and not outcome.out_of_time
+    assert (outcome.audit["freeze_depth"], outcome.audit["num_blocks"]) == (3, 3)
+    assert outcome.audit["bit_identical"] is True and outcome.audit["num_variables"] == 3 * 5
+
+
+def test_fine_tuning_that_does_not_surely_win_leaves_the_probe_bit_for_bit(data):
+    model = norm_model(4)
+    before = values(model)
+    model, outcome = run(data, PROBE, IDLE, model=model)
+    assert moved(before, model) == {"logits/kernel", "logits/bias"}
+    features, probe = probe_on(data, model, data.rows, data.held)
+    check_model_is(model, data, outcome, probe.head(data.all_rows))
+    found = outcome.selection["fine_tune_against_probe"]
+    assert found["replaces_probe"] is False and found["difference"] <= found["standard_error"]
+    judged = np.exp(log_softmax(probe.head(data.rows).logits(features[data.held])))
+    np.testing.assert_allclose(outcome.held_probabilities, judged, atol=1e-3)
+
+
+def test_fine_tuning_that_surely_wins_replaces_it_and_is_fitted_again_on_everything(data, small_digits):
+    seen = []
+    model, outcome = run(data, PROBE, STRONG, on_model=lambda stage: seen.append((stage, values(model_seen))), model=(
+        model_seen := norm_model(4)
+    ))  # fmt: skip
+    assert outcome.chosen in ("fine_tune", "blend")
+    found = outcome.selection["fine_tune_against_probe"]
+    assert found["replaces_probe"] is True and found["difference"] > found["standard_error"] > 0
+    assert found["fine_tuned"] - found["probe"] == pytest.approx(found["difference"], abs=1e-9)
+    assert accuracy(outcome.held_probabilities, data.labels[data.held]) == pytest.approx(found["fine_tuned"])
+    # Never seen by either: what comes out is better than the probe it started from.
+    images, labels = (part[280:] for part in small_digits)
+    tuned = accuracy(model.predict(images, verbose=0), labels)
+    features, probe = probe_on(data, norm_model(4), data.rows, data.held)
+    untouched = norm_model(4)
+    untouched.get_layer("logits").set_weights([(head := probe.head(data.all_rows)).kernel, head.bias])
+    assert tuned > accuracy(untouched.predict(images, verbose=0), labels) + 0.1
+    # Told twice, each time with the better model in place.
+    assert [stage for stage, _ in seen] == ["probe", "fine_tune"]
+    assert moved(seen[1][1], model) == set()
+    assert outcome.selection["refit"] == "train and validation part"
+    assert {entry["stage"] for entry in outcome.history} == {"tune", "tune (refit)"}
+    refit = [entry for entry in outcome.history if entry["stage"] == "tune (refit)"]
+    assert all("val_loss" not in entry for entry in refit)  # there is nothing left to hold out
+
+
+def test_the_held_out_probabilities_are_what_the_chosen_weights_gave_before_the_refit(data, monkeypatch):
+    monkeypatch.setattr("tfxfer.train.tuning.Tuner._refit", lambda self, *arguments: None)
+    model, outcome = run(data, PROBE, STRONG)
+    assert outcome.chosen in ("fine_tune", "blend")
+    np.testing.assert_allclose(model.predict(data.parts[1], verbose=0), outcome.held_probabilities, atol=1e-4)
+
+
+def test_the_temperature_chosen_does_not_change_a_class_but_the_log_loss(data):
+    model, outcome = run(data, PROBE, STRONG)
+    losses = outcome.selection["blend"]["log_loss"]
+    share = outcome.selection["blend"]["share"]
+    assert losses[str(share)] == min(losses.values())
+    table = np.log(outcome.held_probabilities)[np.arange(120), data.labels[data.held]]
+    assert -table.mean() == pytest.approx(losses[str(share)], rel=1e-4)
+
+
+def test_what_is_frozen_is_proven_and_what_trains_is_not_claimed(data):
+    for depth, state, num in ((1, "frozen", 5 + 8), (2, "affine", 10 + 2), (0, "train", 0), (1, "affine", 5 + 4)):
+        stage = dataclasses.replace(STRONG, freeze_depth=depth, batch_norm=state, epochs=1)
+        model = norm_model(4)
+        before = values(model)
+        model, outcome = run(data, PROBE, stage, model=model)
+        audit = outcome.audit
+        assert (audit["freeze_depth"], audit["num_variables"], audit["batch_norm"]) == (depth, num, state)
+        assert audit["frozen_blocks"] == ["a_conv", "b_conv", "c_conv"][:depth]
+        digests = digest_frozen(freeze(model, depth, batch_norm=state))
+        assert len(digests) == num and not set(digests) & moved(before, model)
+
+
+def test_callbacks_see_one_run_of_epochs(data):
+    seen = []
+    watch = keras.callbacks.LambdaCallback(on_epoch_begin=lambda epoch, logs: seen.append(epoch))
+    two_rates = dataclasses.replace(STRONG, learning_rates=(5e-3, 2e-2), epochs=6)
+    _, outcome = run(data, PROBE, two_rates, callbacks=[watch])
+    assert seen == list(range(len(seen))) == [entry["epoch"] for entry in outcome.history]
+    assert outcome.selection["tune"]["learning_rate"] in two_rates.learning_rates
+
+
+def test_few_images_are_judged_in_folds_and_all_of_them(small_digits):
+    data = training_data(small_digits, 60, 30, may_pool=True)
+    seen = []
+    watch = keras.callbacks.LambdaCallback(on_epoch_begin=lambda epoch, logs: seen.append(epoch))
+    model, outcome = run(data, PROBE, STRONG, callbacks=[watch])
+    assert outcome.selection["probe"]["judged_on"].endswith("folds")
+    np.testing.assert_array_equal(np.sort(outcome.held), np.arange(90))
+    expected = accuracy(outcome.held_probabilities, data.labels[outcome.held])
+    found = outcome.selection["fine_tune_against_probe"]
+    assert expected == pytest.approx(found["fine_tuned" if found["replaces_probe"] else "probe"])
+    assert [entry["epoch"] for entry in outcome.history] == seen == list(range(len(seen)))
+
+
+def test_a_validation_part_of_the_user_s_own_is_never_pooled(small_digits):
+    _, outcome = run(training_data(small_digits, 60, 30, may_pool=False), PROBE)
+    assert outcome.selection["probe"]["judged_on"] == "validation part"
+    np.testing.assert_array_equal(outcome.held, np.arange(60, 90))
+
+
+def test_many_images_are_judged_on_the_validation_part(small_digits, monkeypatch):
+    monkeypatch.setattr(stages_module, "CROSS_FIT_IMAGES", 80)
+    _, outcome = run(training_data(small_digits, 60, 30, may_pool=True), PROBE)
+    assert outcome.selection["probe"]["judged_on"] == "validation part"
+
+
+def test_a_time_limit_that_is_over_leaves_the_probe(data):
+    import time
+
+    model, outcome = run(data, PROBE, STRONG, clock=Clock(1.0, started=time.monotonic() - 2))
+    assert outcome.out_of_time and outcome.chosen == "probe" and outcome.history == []
+    _, probe = probe_on(data, model, data.rows, data.held)
+    check_model_is(model, data, outcome, probe.head(data.all_rows))
+    assert outcome.audit["bit_identical"] is True
+
+
+@pytest.mark.parametrize("may_pool", [False, True])
+def test_a_time_limit_stops_between_epochs_and_what_is_kept_is_what_is_told(small_digits, may_pool):
+    data = training_data(small_digits, 160, 120, may_pool=may_pool)
+    clock = Clock(1e9)
+
+    def expire(epoch, logs):
+        if epoch == 9:
+            clock.limit_seconds = 1e-9
+
+    model, outcome = run(
+        data, PROBE, STRONG, clock=clock, callbacks=[keras.callbacks.LambdaCallback(on_epoch_end=expire)]
+    )  # fmt: skip
+    assert outcome.out_of_time and not outcome.interrupted
+    assert outcome.selection["refit"].startswith("left out")
+    assert len(outcome.history) <= 11
+    assert outcome.audit["bit_identical"] is True
+    told = outcome.held_probabilities
+    if not may_pool:  # the model of the held-out run is at hand
+        assert outcome.chosen in ("fine_tune", "blend")
+        np.testing.assert_allclose(model.predict(data.parts[1], verbose=0), told, atol=1e-4)
+    else:  # models of folds only; the probe is the one fitted to everything
+        features, probe = probe_on(data, model, data.all_rows)
+        check_model_is(model, data, outcome, probe.head(data.all_rows))
+        assert accuracy(told, data.labels[outcome.held]) == pytest.approx(
+            outcome.selection["fine_tune_against_probe"]["probe"]
+        )
+
+
+def test_ctrl_c_while_fine_tuning_keeps_the_probe(data):
+    told = []
+    model, outcome = run(data, PROBE, STRONG, callbacks=[raising_at(3)], on_model=told.append)
+    assert outcome.interrupted
+    _, probe = probe_on(data, model, data.rows, data.held)
+    check_model_is(model, data, outcome, probe.head(data.all_rows))
+    assert told == ["probe"]
+    assert outcome.audit["bit_identical"] is True
+
+
+@pytest.mark.parametrize("may_pool", [False, True])
+def test_ctrl_c_while_fitting_again_keeps_what_held_out_images_had_chosen(small_digits, may_pool):
+    data = training_data(small_digits, 160, 120, may_pool=may_pool)
+    count = len(run(data, PROBE, STRONG)[1].history)
+    told = []
+    model, outcome = run(data, PROBE, STRONG, callbacks=[raising_at(count - 1)], on_model=told.append)
+    assert outcome.interrupted
+    if not may_pool:
+        assert outcome.chosen in ("fine_tune", "blend") and told == ["probe", "fine_tune"]
+        np.testing.assert_allclose(model.predict(data.parts[1], verbose=0), outcome.held_probabilities, atol=1e-4)
+    else:
+        _, probe = probe_on(data, model, data.all_rows)
+        check_model_is(model, data, outcome, probe.head(data.all_rows))
+        assert accuracy(outcome.held_probabilities, data.labels[outcome.held]) == pytest.approx(
+            outcome.selection["fine_tune_against_probe"]["probe"]
+        )
+    assert outcome.audit["bit_identical"] is True
+
+
+def test_ctrl_c_between_probe_and_fine_tuning_keeps_the_probe(data, monkeypatch):
+    def stop(*arguments):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(stages_module, "join_views", stop)
+    model, outcome = run(data, PROBE, STRONG, augment="mirror")
+    assert outcome.interrupted and outcome.chosen == "probe"
+    assert outcome.audit["bit_identical"] is True
+
+
+def test_other_errors_are_not_swallowed(data):
+    with pytest.raises(ZeroDivisionError):
+        run(data, PROBE, IDLE, callbacks=[raising_at(0, ZeroDivisionError)])
+
+
+def test_a_rate_that_blows_up_leaves_the_probe(data):
+    wild = dataclasses.replace(STRONG, learning_rates=(9.9,), warmup_share=0.0, epochs=2)
+    model = norm_model(4)
+    layer = model.get_layer("norm_backbone").get_layer("c_conv")
+    layer.set_weights([layer.get_weights()[0] * 1e15])
+    model, outcome = run(data, PROBE, wild, model=model)
+    assert all(np.isfinite(value).all() for value in values(model).values())
+    assert np.isfinite(outcome.held_probabilities).all()
+
+
+def test_adapted_statistics_get_a_probe_of_their_own(data):
+    stage = dataclasses.replace(IDLE, batch_norm="adapt")
+    model = norm_model(4)
+    before = values(model)
+    model, outcome = run(data, PROBE, stage, model=model)
+    statistics = {f"{name}_bn/moving_{part}" for name in "bc" for part in ("mean", "variance")}
+    assert moved(before, model) == statistics | {"logits/kernel", "logits/bias"}
+    features, probe = probe_on(data, model, data.rows, data.held)
+    check_model_is(model, data, outcome, probe.head(data.all_rows))
+    judged = np.exp(log_softmax(probe.head(data.rows).logits(features[data.held])))
+    np.testing.assert_allclose(outcome.held_probabilities, judged, atol=1e-3)
+    assert outcome.audit["bit_identical"] is True and outcome.audit["batch_norm"] == "adapt"
+
+
+def test_stages_follow_each_other_at_depths_and_states_of_their_own(data):
+    first = dataclasses.replace(STRONG, name="top", freeze_depth=2, batch_norm="affine", epochs=2)
+    second = dataclasses.replace(STRONG, name="more", freeze_depth="a_conv", batch_norm="frozen", epochs=4)
+    model = norm_model(4)
+    before = values(model)
+    model, outcome = run(data, PROBE, first, second, model=model)
+    assert outcome.chosen in ("fine_tune", "blend")
+    head = {"logits/kernel", "logits/bias"}
+    assert moved(before, model) == {"b_conv/kernel", "c_conv/kernel", "c_bn/gamma", "c_bn/beta"} | head
+    assert {entry["stage"] for entry in outcome.history} == {"top", "more", "top (refit)", "more (refit)"}
+    assert outcome.audit["freeze_depth"] == 1
+
+
+def test_a_skip_over_the_boundary_costs_speed_and_not_correctness(data):
+    model = around(skip_backbone(), 4)
+    before = values(model)
+    stage = dataclasses.replace(STRONG, freeze_depth=2, epochs=4)
+    model, outcome = run(data, PROBE, stage, model=model)
+    assert outcome.cache["activation_shape"] == [SIZE_PX, SIZE_PX, 4]  # cut behind the first block
+    assert (outcome.audit["freeze_depth"], outcome.audit["frozen_blocks"]) == (2, ["first", "second"])
+    assert not {path for path in moved(before, model) if path.startswith(("first", "second"))}
+
+
+def test_without_a_probe_fine_tuning_is_all_there_is(data):
+    model, outcome = run(data, STRONG)
+    assert outcome.chosen == "fine_tune" and "fine_tune_against_probe" not in outcome.selection
+    assert accuracy(outcome.held_probabilities, data.labels[data.held]) > 0.5
+
+
+def test_mirrored_views_are_used_where_they_do_not_hurt(data):
+    _, outcome = run(data, PROBE, IDLE, augment="auto")
+    found = outcome.selection["mirror"]
+    assert found["used"] == (found["log_loss_rise"] <= found["standard_error"])
+    assert outcome.cache["views"] >= 2
+    _, outcome = run(data, PROBE, IDLE, augment="none")
+    assert "mirror" not in outcome.selection and outcome.cache["views"] == 1
+
+
+def test_the_same_seed_gives_the_same_model_and_another_seed_another(data):
+    stage = dataclasses.replace(STRONG, epochs=3)
+    models = [run(data, PROBE, stage, model=norm_model(4, dropout=0.3), seed=seed)[0] for seed in (4, 4, 5)]
+    one, two, other = (values(model) for model in models)
+    for path, value in one.items():
+        np.testing.assert_allclose(two[path], value, atol=1e-6, err_msg=path)
+    assert any(np.abs(other[path] - value).max() > 1e-4 for path, value in one.items())
+
+
+def test_the_recipes_by_name():
+    assert [stage.solver for stage in get_recipe("auto").stages] == ["convex", "adamw"]
+    assert get_recipe("full").stages[1].freeze_depth == 0
+    assert [stage.solver for stage in get_recipe("probe").stages] == ["convex"]
