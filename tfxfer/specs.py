@@ -202,6 +202,8 @@ class Plan(Spec):
         val_fraction: Share split off for validation where the data brings none.
         baseline: "quick", "scratch" or "none".
         group_by: Regular expression on relative paths; what it captures names the group. Empty: none.
+        near_duplicates: Which images stay together: "on" (near-duplicates by perceptual hash), "turned" (also turned,
+            mirrored and shifted copies; its time grows with the square of a class), or "off".
         time_limit_seconds: Wall time for training; 0: none.
         num_seeds: Repetitions of both sides of the baseline gate.
     """
@@ -219,6 +221,7 @@ class Plan(Spec):
     val_fraction: float = 0.2
     baseline: str = "quick"
     group_by: str = ""
+    near_duplicates: str = "on"
     time_limit_seconds: float = 0.0
     num_seeds: int = 1
 
@@ -237,6 +240,10 @@ class Plan(Spec):
         _need(
             self.baseline in ("quick", "scratch", "none"),
             f"baseline must be 'quick', 'scratch' or 'none', not {self.baseline!r}.",
+        )
+        _need(
+            self.near_duplicates in ("on", "turned", "off"),
+            f"near_duplicates must be 'on', 'turned' or 'off', not {self.near_duplicates!r}.",
         )
         _need(self.time_limit_seconds >= 0, "time_limit_seconds must not be negative.")
         _need(self.num_seeds >= 1, f"num_seeds must be at least 1, not {self.num_seeds}.")

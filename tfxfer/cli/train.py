@@ -34,6 +34,9 @@ def run(
         float | None, Option(help="Share split off for validation where the data brings none.")
     ] = None,
     group_by: Annotated[str | None, Option(help="Regular expression on paths; what it captures names a group.")] = None,
+    near_duplicates: Annotated[
+        str | None, Option(help="on, turned (also turned, mirrored and shifted copies) or off: what stays together.")
+    ] = None,
     metric: Annotated[str | None, Option(help="accuracy, macro_f1 or balanced_accuracy: what is selected for.")] = None,
     split: Annotated[Path | None, Option(help="A split.csv of an earlier run to reuse.")] = None,
     time_limit: Annotated[
@@ -53,7 +56,8 @@ def run(
     options = {
         "source": source, "recipe": recipe, "method": method, "freeze_depth": freeze, "image_size": image_size,
         "epochs": epochs, "batch_size": batch_size, "learning_rate": lr, "batch_norm": batch_norm, "augment": augment,
-        "dropout": dropout, "seed": seed, "val_fraction": val_fraction, "group_by": group_by, "metric": metric,
+        "dropout": dropout, "seed": seed, "val_fraction": val_fraction, "group_by": group_by,
+        "near_duplicates": near_duplicates, "metric": metric,
         "time_limit_seconds": parse_seconds(time_limit), "baseline": "none" if no_baseline else baseline,
         "num_seeds": seeds,
     }  # fmt: skip

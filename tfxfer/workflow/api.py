@@ -36,6 +36,7 @@ def fit(
     seed: int | None = None,
     val_fraction: float | None = None,
     group_by: str | None = None,
+    near_duplicates: str | None = None,
     split: str | Path | None = None,
     time_limit: float | None = None,
     baseline: str | None = None,
@@ -65,6 +66,8 @@ def fit(
         seed: Of split, shuffle, dropout and bootstrap, default 0.
         val_fraction: Split off for validation where the data brings none, default 0.2.
         group_by: Regular expression on paths; what it captures names a group that never crosses parts.
+        near_duplicates: Which images stay together: "on" (default), "turned" (also turned, mirrored and shifted
+            copies, such as augmented data), or "off".
         split: A split.csv to reuse.
         time_limit: Seconds of training, kept between epochs.
         baseline: "quick" (default), "scratch" or "none".
@@ -101,6 +104,7 @@ def fit(
         config, source=source, recipe=recipe, method=method, freeze_depth=freeze_depth, epochs=epochs,
         learning_rate=learning_rate, batch_norm=batch_norm, augment=augment, metric=metric, batch_size=batch_size,
         image_size=image_size, dropout=dropout, seed=seed, val_fraction=val_fraction, group_by=group_by,
+        near_duplicates=near_duplicates,
         time_limit_seconds=time_limit, baseline=baseline, num_seeds=num_seeds,
     )  # fmt: skip
     return train(data, plan, model=model, out=out, split=split, callbacks=callbacks, formats=formats, progress=progress)

@@ -5,26 +5,42 @@ import threading
 from pathlib import Path
 from typing import Any
 
-from tfxfer.data import load_data
+from tfxfer.data import Dataset, load_data
+from tfxfer.errors import InputError
 from tfxfer.runtime.progress import Progress
 from tfxfer.specs import Plan
 from tfxfer.workflow.run import Run, new_run_folder
 
 
-def train_early(data: Any, plan: Plan, *, out: str | Path | None, split: str | Path | None, progress: Progress) -> Run:
-    """`training.train`, with the import of TensorFlow and the decoding of images side by side.
+def read_data(data: Any, plan: Plan, split: str | Path | None, progress: Progress) -> Dataset:
+    """`load_data` as a plan wants it; a Dataset is taken as it is."""
+    if isinstance(data, Dataset):
+        return data
+    progress.phase("reading and auditing images")
+    return load_data(
+        data,
+        seed=plan.seed,
+        val_fraction=plan.val_fraction,
+        group_by=plan.group_by or None,
+        near_duplicates={"on": True, "off": False}.get(plan.near_duplicates, plan.near_duplicates),
+        split=split,
+        image_size=plan.image_size,
+        on_progress=progress.update,
+    )
+
+
+def train_early(data: Path, plan: Plan, *, out: str | Path | None, split: str | Path | None, progress: Progress) -> Run:
+    """`training.train` on a folder or CSV, with the import of TensorFlow and the decoding of images side by side.
 
     Decoding is Pillow's, in threads that hold no lock; importing TensorFlow is three to fifteen seconds of one core.
     """
-    folder = new_run_folder(out, Path(str(data)).name)
+    folder = new_run_folder(out, Path(data).name)
+    if not Path(data).exists():  # nothing to wait for an import for
+        raise InputError(f"There is no folder or CSV file {data}; give the one that holds the images.")
     importer = threading.Thread(target=_import_quietly, daemon=True)
     importer.start()
-    progress.phase("reading and auditing images")
     try:
-        dataset = load_data(
-            data, seed=plan.seed, val_fraction=plan.val_fraction, group_by=plan.group_by or None, split=split,
-            image_size=plan.image_size, on_progress=progress.update,
-        )  # fmt: skip
+        dataset = read_data(data, plan, split, progress)
     finally:
         importer.join()  # Python must not end while the import runs
     from tfxfer.workflow.training import train

@@ -11,7 +11,6 @@ import keras
 import numpy as np
 import tomli_w
 
-from tfxfer.data import Dataset, load_data
 from tfxfer.data.audit import open_content
 from tfxfer.errors import InputError, Interrupted
 from tfxfer.exporters.certify import certify
@@ -32,6 +31,7 @@ from tfxfer.train.clock import Clock
 from tfxfer.train.outcome import Outcome, TrainingData
 from tfxfer.train.stages import run_stages
 from tfxfer.workflow.run import MODEL_FILE, Run, new_run_folder, write_history, write_info
+from tfxfer.workflow.start import read_data
 
 NUM_SAMPLES = 64
 FORMATS = ("saved_model", "onnx")
@@ -65,7 +65,8 @@ class _Job:
         self.clock = Clock(plan.time_limit_seconds)
         self.given_model = model
         self.info: dict[str, Any] = {}
-        self.dataset = self._load(data, split)
+        with self._timed("read_data"):
+            self.dataset = read_data(data, plan, split, self.progress)
 
     def run(self) -> Run:
         model = self._build()
@@ -94,16 +95,6 @@ class _Job:
         return Run(self.folder, self.info)
 
     # -- steps ------------------------------------------------------------------------------------------------------
-
-    def _load(self, data, split) -> Dataset:
-        if isinstance(data, Dataset):
-            return data
-        self.progress.phase("reading and auditing images")
-        with self._timed("read_data"):
-            return load_data(
-                data, seed=self.plan.seed, val_fraction=self.plan.val_fraction, group_by=self.plan.group_by or None,
-                split=split, image_size=self.plan.image_size, on_progress=self.progress.update,
-            )  # fmt: skip
 
     def _build(self, plan: Plan | None = None) -> keras.Model:
         plan = plan or self.plan
@@ -161,6 +152,7 @@ class _Job:
             "data": self.dataset.summary(),
             "plan": self.plan.to_dict(),
             "versions": versions(),
+            "timings": {"data_read_after_process_start": round(seconds_since_start(), 2)},
         }  # fmt: skip
 
     def _record(self, outcome: Outcome) -> None:
