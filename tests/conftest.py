@@ -41,9 +41,8 @@ def trained(digits_folder, tmp_path_factory):
     """One whole run on the digits: probe, fine-tuning, export, verification, baselines. Tests must not change it."""
     from tfxfer import fit
 
-    return fit(
-        "digits_cnn", digits_folder, out=tmp_path_factory.mktemp("runs") / "first", epochs=12, learning_rate=2e-3, seed=3
-    )
+    out = tmp_path_factory.mktemp("runs") / "first"
+    return fit("digits_cnn", digits_folder, out=out, epochs=12, learning_rate=2e-3, freeze_depth="conv1", seed=3)
 
 
 @pytest.fixture

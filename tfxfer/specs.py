@@ -228,6 +228,10 @@ class Plan(Spec):
     def __post_init__(self) -> None:
         if isinstance(self.recipe, Mapping):
             object.__setattr__(self, "recipe", Recipe.from_dict(self.recipe))
+        _need(
+            isinstance(self.seed, int) and 0 <= self.seed < 2**31,
+            f"seed must be a whole number from 0 to {2**31 - 1}, not {self.seed!r}.",
+        )
         _need(self.image_size >= 1, f"image_size must be at least 1 pixel, not {self.image_size}.")
         _need(0 <= self.dropout < 1, f"dropout must lie in [0, 1), not {self.dropout}.")
         _need(self.batch_size >= 1, f"batch_size must be at least 1, not {self.batch_size}.")

@@ -92,7 +92,7 @@ def raising_at(epoch: int, error=KeyboardInterrupt):
 def check_model_is(model, data, outcome, head):
     """The model's head, and the probabilities it gives, are the probe's."""
     for ours, expected in zip(model.get_layer("logits").get_weights(), (head.kernel, head.bias), strict=True):
-        np.testing.assert_allclose(ours, expected, atol=1e-4 * np.abs(expected).max())
+        np.testing.assert_allclose(ours, expected, atol=1e-3 * np.abs(expected).max())
     assert outcome.chosen == "probe"
 
 
@@ -125,11 +125,20 @@ def test_fine_tuning_that_does_not_surely_win_leaves_the_probe_bit_for_bit(data)
     np.testing.assert_allclose(outcome.held_probabilities, judged, atol=1e-3)
 
 
-def test_fine_tuning_that_surely_wins_replaces_it_and_is_fitted_again_on_everything(data, small_digits):
-    seen = []
-    model, outcome = run(data, PROBE, STRONG, on_model=lambda stage: seen.append((stage, values(model_seen))), model=(
-        model_seen := norm_model(4)
-    ))  # fmt: skip
+@pytest.fixture(scope="module")
+def tuned(small_digits):
+    """A fine-tuning that wins: the data, the model, the outcome, and what was seen on the way."""
+    data, model, told, epochs = training_data(small_digits, 160, 120), norm_model(4), [], []
+    watch = keras.callbacks.LambdaCallback(on_epoch_begin=lambda epoch, logs: epochs.append(epoch))
+    stage = dataclasses.replace(STRONG, learning_rates=(2e-3, 1e-2))
+    model, outcome = run(
+        data, PROBE, stage, model=model, callbacks=[watch], on_model=lambda stage: told.append((stage, values(model)))
+    )
+    return data, model, outcome, told, epochs
+
+
+def test_fine_tuning_that_surely_wins_replaces_the_probe(tuned, small_digits):
+    data, model, outcome, told, _ = tuned
     assert outcome.chosen in ("fine_tune", "blend")
     found = outcome.selection["fine_tune_against_probe"]
     assert found["replaces_probe"] is True and found["difference"] > found["standard_error"] > 0
@@ -137,18 +146,35 @@ def test_fine_tuning_that_surely_wins_replaces_it_and_is_fitted_again_on_everyth
     assert accuracy(outcome.held_probabilities, data.labels[data.held]) == pytest.approx(found["fine_tuned"])
     # Never seen by either: what comes out is better than the probe it started from.
     images, labels = (part[280:] for part in small_digits)
-    tuned = accuracy(model.predict(images, verbose=0), labels)
-    features, probe = probe_on(data, norm_model(4), data.rows, data.held)
     untouched = norm_model(4)
-    untouched.get_layer("logits").set_weights([(head := probe.head(data.all_rows)).kernel, head.bias])
-    assert tuned > accuracy(untouched.predict(images, verbose=0), labels) + 0.1
+    head = probe_on(data, untouched, data.rows, data.held)[1].head(data.all_rows)
+    untouched.get_layer("logits").set_weights([head.kernel, head.bias])
+    gain = accuracy(model(images).numpy(), labels) - accuracy(untouched(images).numpy(), labels)
+    assert gain > 0.1
     # Told twice, each time with the better model in place.
-    assert [stage for stage, _ in seen] == ["probe", "fine_tune"]
-    assert moved(seen[1][1], model) == set()
+    assert [stage for stage, _ in told] == ["probe", "fine_tune"]
+    assert moved(told[0][1], untouched) <= {"logits/kernel", "logits/bias"}
+    assert moved(told[1][1], model) == set()
+
+
+def test_what_won_is_fitted_again_on_everything(tuned):
+    _, _, outcome, _, epochs = tuned
     assert outcome.selection["refit"] == "train and validation part"
     assert {entry["stage"] for entry in outcome.history} == {"tune", "tune (refit)"}
     refit = [entry for entry in outcome.history if entry["stage"] == "tune (refit)"]
     assert all("val_loss" not in entry for entry in refit)  # there is nothing left to hold out
+    assert outcome.selection["tune"]["learning_rate"] in (2e-3, 1e-2)
+    # Callbacks see one run of epochs, and the history has the same.
+    assert epochs == list(range(len(epochs))) == [entry["epoch"] for entry in outcome.history]
+
+
+def test_the_share_of_the_blend_has_the_least_log_loss(tuned):
+    data, _, outcome, _, _ = tuned
+    losses = outcome.selection["blend"]["log_loss"]
+    share = str(outcome.selection["blend"]["share"])
+    assert losses[share] == min(losses.values())
+    told = np.log(outcome.held_probabilities)[np.arange(120), data.labels[data.held]]
+    assert -told.mean() == pytest.approx(losses[share], rel=1e-4)
 
 
 def test_the_held_out_probabilities_are_what_the_chosen_weights_gave_before_the_refit(data, monkeypatch):
@@ -158,35 +184,17 @@ def test_the_held_out_probabilities_are_what_the_chosen_weights_gave_before_the_
     np.testing.assert_allclose(model.predict(data.parts[1], verbose=0), outcome.held_probabilities, atol=1e-4)
 
 
-def test_the_temperature_chosen_does_not_change_a_class_but_the_log_loss(data):
-    model, outcome = run(data, PROBE, STRONG)
-    losses = outcome.selection["blend"]["log_loss"]
-    share = outcome.selection["blend"]["share"]
-    assert losses[str(share)] == min(losses.values())
-    table = np.log(outcome.held_probabilities)[np.arange(120), data.labels[data.held]]
-    assert -table.mean() == pytest.approx(losses[str(share)], rel=1e-4)
-
-
-def test_what_is_frozen_is_proven_and_what_trains_is_not_claimed(data):
-    for depth, state, num in ((1, "frozen", 5 + 8), (2, "affine", 10 + 2), (0, "train", 0), (1, "affine", 5 + 4)):
-        stage = dataclasses.replace(STRONG, freeze_depth=depth, batch_norm=state, epochs=1)
-        model = norm_model(4)
-        before = values(model)
-        model, outcome = run(data, PROBE, stage, model=model)
-        audit = outcome.audit
-        assert (audit["freeze_depth"], audit["num_variables"], audit["batch_norm"]) == (depth, num, state)
-        assert audit["frozen_blocks"] == ["a_conv", "b_conv", "c_conv"][:depth]
-        digests = digest_frozen(freeze(model, depth, batch_norm=state))
-        assert len(digests) == num and not set(digests) & moved(before, model)
-
-
-def test_callbacks_see_one_run_of_epochs(data):
-    seen = []
-    watch = keras.callbacks.LambdaCallback(on_epoch_begin=lambda epoch, logs: seen.append(epoch))
-    two_rates = dataclasses.replace(STRONG, learning_rates=(5e-3, 2e-2), epochs=4)
-    _, outcome = run(data, PROBE, two_rates, callbacks=[watch])
-    assert seen == list(range(len(seen))) == [entry["epoch"] for entry in outcome.history]
-    assert outcome.selection["tune"]["learning_rate"] in two_rates.learning_rates
+@pytest.mark.parametrize(("depth", "state", "num"), [(1, "frozen", 5 + 8), (2, "affine", 10 + 2), (0, "train", 0)])
+def test_what_is_frozen_is_proven_and_what_trains_is_not_claimed(data, depth, state, num):
+    stage = dataclasses.replace(STRONG, freeze_depth=depth, batch_norm=state, epochs=1)
+    model = norm_model(4)
+    before = values(model)
+    model, outcome = run(data, PROBE, stage, model=model)
+    audit = outcome.audit
+    assert (audit["freeze_depth"], audit["num_variables"], audit["batch_norm"]) == (depth, num, state)
+    assert audit["frozen_blocks"] == ["a_conv", "b_conv", "c_conv"][:depth]
+    digests = digest_frozen(freeze(model, depth, batch_norm=state))
+    assert len(digests) == num and not set(digests) & moved(before, model)
 
 
 def test_few_images_are_judged_in_folds_and_all_of_them(small_digits):
@@ -350,7 +358,7 @@ def test_stages_follow_each_other_at_depths_and_states_of_their_own(data):
     assert outcome.chosen in ("fine_tune", "blend")
     head = {"logits/kernel", "logits/bias"}
     assert moved(before, model) == {"b_conv/kernel", "c_conv/kernel", "c_bn/gamma", "c_bn/beta"} | head
-    assert {entry["stage"] for entry in outcome.history} == {"top", "more", "top (refit)", "more (refit)"}
+    assert [entry["stage"] for entry in outcome.history][:4] == ["top", "top", "more", "more"]
     assert outcome.audit["freeze_depth"] == 1
 
 
@@ -380,7 +388,7 @@ def test_mirrored_views_are_used_where_they_do_not_hurt(data):
 
 
 def test_the_same_seed_gives_the_same_model_and_another_seed_another(data):
-    stage = dataclasses.replace(STRONG, epochs=3)
+    stage = dataclasses.replace(STRONG, epochs=2)
     models = [run(data, PROBE, stage, model=norm_model(4, dropout=0.3), seed=seed)[0] for seed in (4, 4, 5)]
     one, two, other = (values(model) for model in models)
     for path, value in one.items():

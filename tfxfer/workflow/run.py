@@ -155,7 +155,8 @@ def new_run_folder(out: str | Path | None, name: str) -> Path:
     out = Path(out)
     if (out / RUN_FILE).exists():
         raise InputError(f"{out} is already a run; give another --out, or remove it first.")
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+    at = next(path for path in (out, *out.absolute().parents) if path.exists())
+    if not at.is_dir() or (at == out and any(out.iterdir())):
         raise InputError(f"{out} exists and is not an empty folder; give another --out.")
     return out
 

@@ -37,7 +37,10 @@ def evaluate(
     test = found.part("test")
     progress.phase("predicting")
     probabilities = run.predict(found.pixels("test", size))
-    scores = score(test.labels, probabilities, run.class_names, groups=test.groups, weights=test.weights)
+    scores = score(
+        test.labels, probabilities, run.class_names, groups=test.groups, weights=test.weights,
+        seed=run.info["plan"]["seed"],
+    )  # fmt: skip
     return {**scores, "quarantined": [{"path": path, "reason": reason} for path, reason in found.quarantined]}
 
 

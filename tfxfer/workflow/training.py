@@ -13,6 +13,7 @@ import tomli_w
 
 from tfxfer.data.audit import open_content
 from tfxfer.errors import InputError, Interrupted
+from tfxfer.exporters import EXPORTERS
 from tfxfer.exporters.certify import certify
 from tfxfer.methods import METHODS
 from tfxfer.metrics import SplitMismatchWarning, score, split_warning
@@ -65,8 +66,12 @@ class _Job:
         self.clock = Clock(plan.time_limit_seconds)
         self.given_model = model
         self.info: dict[str, Any] = {}
+        for name in formats:
+            lookup(EXPORTERS, name, "export format")
         with self._timed("read_data"):
             self.dataset = read_data(data, plan, split, self.progress)
+        for part in ("train", "val", "test"):
+            self.dataset.part(part)  # where one is missing, say so before anything is computed
 
     def run(self) -> Run:
         model = self._build()
@@ -99,11 +104,12 @@ class _Job:
     def _build(self, plan: Plan | None = None) -> keras.Model:
         plan = plan or self.plan
         if self.given_model is not None and plan is self.plan:
-            return _checked(self.given_model, self.dataset.num_classes)
-        self.progress.phase(f"loading {self.card.name}")
-        keras.utils.set_random_seed(plan.seed)
-        with self._timed("build_model"):
-            model = build_model(self.card, self.dataset, image_size=plan.image_size, dropout=plan.dropout)
+            model = _checked(self.given_model, self.dataset.num_classes)
+        else:
+            self.progress.phase(f"loading {self.card.name}")
+            keras.utils.set_random_seed(plan.seed)
+            with self._timed("build_model"):
+                model = build_model(self.card, self.dataset, image_size=plan.image_size, dropout=plan.dropout)
         blocks = list_blocks(model)
         for stage in self.stages:  # a wrong depth is refused before anything is computed
             if stage.freeze_depth != "auto":
