@@ -31,7 +31,7 @@ def norm_backbone(seed: int = 0, size_px: int = SIZE_PX) -> keras.Model:
 
 
 def skip_backbone() -> keras.Model:
-    """Three convolutions, the first of which also feeds the sum behind the third: two tensors cross behind the second."""
+    """Three convolutions; the first also feeds the sum behind the third, so two tensors cross behind the second."""
     keras.utils.set_random_seed(1)
     inputs = keras.Input((SIZE_PX, SIZE_PX, 3))
     first = keras.layers.Conv2D(4, 3, padding="same", activation="relu", name="first")(inputs)

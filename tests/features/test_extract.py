@@ -94,7 +94,9 @@ def test_views_join_and_part(depth):
 def test_progress_counts_every_view_of_every_image():
     _, cut = cut_at(3)
     seen = []
-    extract(FrozenPrefix(cut, 4), PARTS, ("plain", "mirror"), on_progress=lambda done, total: seen.append((done, total)))
+    extract(
+        FrozenPrefix(cut, 4), PARTS, ("plain", "mirror"), on_progress=lambda done, total: seen.append((done, total))
+    )
     assert [done for done, _ in seen] == [4, 8, 9, 12, 13, 17, 21, 22, 25, 26]
     assert {total for _, total in seen} == {26}
 

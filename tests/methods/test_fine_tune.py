@@ -143,7 +143,9 @@ def test_callbacks_and_history_see_epochs_numbered_on():
     run = trainer.run(ROWS, 1e-3, held=HELD, first_epoch=4, callbacks=[watch])
     assert seen == [4, 5, 6] == [entry["epoch"] for entry in run.history]
     for entry in run.history:
-        assert {"learning_rate", "loss", "accuracy", "log_loss", "val_loss", "val_accuracy", "val_log_loss"} <= set(entry)
+        assert {"learning_rate", "loss", "accuracy", "log_loss", "val_loss", "val_accuracy", "val_log_loss"} <= set(
+            entry
+        )
 
 
 def test_weight_decay_shrinks_kernels_and_nothing_else():

@@ -2,7 +2,8 @@ import numpy as np
 import pytest
 
 from tfxfer.features.solvers import LogisticPath, log_softmax, weighted_log_loss
-from tfxfer.methods import METHODS, probe as probe_module
+from tfxfer.methods import METHODS
+from tfxfer.methods import probe as probe_module
 from tfxfer.methods.probe import fit_probe, make_folds
 from tfxfer.specs import Recipe, Stage
 

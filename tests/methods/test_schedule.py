@@ -24,7 +24,7 @@ def test_it_ends_near_zero_and_never_leaves_zero_to_one():
     ours = [warmup_cosine(step, 100, 0.1) for step in range(130)]
     assert ours[99] == pytest.approx(0.5 * (1 + np.cos(np.pi * 89 / 90)))
     assert ours[100:] == [0.0] * 30
-    assert 0 <= min(ours) and max(ours) == 1.0
+    assert min(ours) >= 0 and max(ours) == 1.0
     assert ours[9:100] == sorted(ours[9:100], reverse=True)
 
 

@@ -27,7 +27,9 @@ def test_the_card_s_blocks_hold_every_layer_once_and_every_parameter(name):
 def test_where_there_is_no_card_each_layer_with_weights_but_batch_norm_begins_a_block():
     blocks = list_blocks(norm_backbone())
     assert [block.name for block in blocks] == list(BLOCKS)
-    assert [block.layers[:3] for block in blocks] == [tuple(f"{n}_{kind}" for kind in ("conv", "bn", "relu")) for n in "abc"]
+    assert [block.layers[:3] for block in blocks] == [
+        tuple(f"{n}_{kind}" for kind in ("conv", "bn", "relu")) for n in "abc"
+    ]
     assert blocks[-1].layers[3:] == ("pool",)
     assert [block.num_parameters for block in blocks] == [27 * 4 + 4 * 4, 36 * 6 + 4 * 6, 54 * 5 + 4 * 5]
     assert [block.name for block in list_blocks(skip_backbone())] == ["first", "second", "third"]

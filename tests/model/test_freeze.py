@@ -145,7 +145,13 @@ def test_adapting_leaves_frozen_blocks_and_the_state_alone():
     x = before["a_conv/kernel"]
     x = keras.ops.conv(IMAGES.astype(np.float32) / 255, x, strides=2)
     x = keras.ops.batch_normalization(
-        x, before["a_bn/moving_mean"], before["a_bn/moving_variance"], -1, before["a_bn/beta"], before["a_bn/gamma"], 1e-3
+        x,
+        before["a_bn/moving_mean"],
+        before["a_bn/moving_variance"],
+        -1,
+        before["a_bn/beta"],
+        before["a_bn/gamma"],
+        1e-3,
     )
     x = keras.ops.convert_to_numpy(keras.ops.conv(keras.ops.relu(x), before["b_conv/kernel"], strides=2))
     np.testing.assert_allclose(values(model)["b_bn/moving_mean"], x.mean((0, 1, 2)), rtol=1e-4)
@@ -165,7 +171,9 @@ def test_the_audit_names_a_frozen_variable_that_was_changed(name):
     value = variable.numpy()
     value.flat[0] = np.nextafter(value.flat[0], np.float32(9))  # the last bit
     variable.assign(value)
-    with pytest.raises(CheckError, match=rf"1 of 13 frozen variables changed during training, the first is {name}") as e:
+    with pytest.raises(
+        CheckError, match=rf"1 of 13 frozen variables changed during training, the first is {name}"
+    ) as e:
         audit_frozen(model, before)
     assert e.value.exit_status == 1
 
@@ -189,7 +197,10 @@ def test_statistics_hold_in_any_model_of_keras_while_gamma_trains(kind):
         model = keras.Model(inputs, keras.layers.Dense(5, name="logits")(model(inputs, **training)))
     before = values(model)
     freeze(model, 1, batch_norm="affine")
-    assert set(digest_frozen(model)) == {"a_conv/kernel", *(path for path in before if "a_bn" in path or "moving" in path)}
+    assert set(digest_frozen(model)) == {
+        "a_conv/kernel",
+        *(path for path in before if "a_bn" in path or "moving" in path),
+    }
     model.compile(optimizer=keras.optimizers.Adam(0.01), loss="mse")
     model.fit(IMAGES, np.eye(5)[LABELS], batch_size=8, verbose=0)
     assert moved(before, model) == KERNELS | AFFINE | (HEAD if kind != "backbone" else set())

@@ -30,7 +30,7 @@ def test_a_dataset_brings_its_classes():
 
 @pytest.mark.parametrize("head", [1, 0, ["cat"], ["cat", "cat"], Classes])
 def test_fewer_than_two_different_classes_are_refused(head):
-    with pytest.raises(InputError, match="at least two classes with different names|must be Classes"):
+    with pytest.raises(InputError, match=r"at least two classes with different names|must be Classes"):
         as_head(head)
 
 

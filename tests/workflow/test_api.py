@@ -104,7 +104,9 @@ def test_a_run_is_exported_again_elsewhere(run_copy, tmp_path):
     assert certificate.passed
     assert {path.name for path in (tmp_path / "again").iterdir()} == {"model.onnx", "certificate.json", "samples.npz"}
     assert before == {path: path.stat().st_mtime_ns for path in run_copy.rglob("*")}
-    old, new = (np.load(folder / "samples.npz", allow_pickle=False) for folder in (run_copy / "exports", tmp_path / "again"))
+    old, new = (
+        np.load(folder / "samples.npz", allow_pickle=False) for folder in (run_copy / "exports", tmp_path / "again")
+    )
     np.testing.assert_array_equal(old["images"], new["images"])
 
 

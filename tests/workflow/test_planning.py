@@ -35,7 +35,13 @@ def test_a_plan_written_and_read_is_the_same_plan(source, recipe, tmp_path):
 def test_arguments_win_over_the_file_and_the_file_over_the_defaults(tmp_path):
     path = written(tmp_path, 'source = "digits_cnn"\nseed = 4\nbatch_size = 8\nrecipe = "probe"\n')
     plan = make_plan(path, seed=9)
-    assert (plan.source, plan.seed, plan.batch_size, plan.recipe.name, plan.image_size) == ("digits_cnn", 9, 8, "probe", 32)
+    assert (plan.source, plan.seed, plan.batch_size, plan.recipe.name, plan.image_size) == (
+        "digits_cnn",
+        9,
+        8,
+        "probe",
+        32,
+    )
     assert plan.metric == "accuracy"
 
 
@@ -95,7 +101,10 @@ def test_a_wrong_value_is_refused_in_one_sentence(given, sentence):
         ("source = ", r"config\.toml is not a TOML file"),
         ("seed = 'three'", r"seed must be a whole number from 0 to 2147483647, not 'three'"),
         ("[recipe]\nname = 'own'\nstages = []", r"[Rr]ecipe 'own' has no stage"),
-        ("[recipe]\nname = 'own'\n[[recipe.stages]]\nname = 'a'\nepoch = 3", r"Unknown key 'epoch' in the stage\. Did you mean"),
+        (
+            "[recipe]\nname = 'own'\n[[recipe.stages]]\nname = 'a'\nepoch = 3",
+            r"Unknown key 'epoch' in the stage\. Did you mean",
+        ),
     ],
 )
 def test_a_wrong_file_is_refused_with_its_key(text, sentence, tmp_path):

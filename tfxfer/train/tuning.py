@@ -73,7 +73,7 @@ class Tuner:
             for stage, depth in zip(self.stages, self.depths, strict=True):
                 trainer = self._trainer(stage, depth)
                 chosen, runs = self._measure(trainer, stage, ends)
-                rounds.append(chosen)
+                rounds.append({"trainer": trainer, **chosen})
                 ends = [run.weights for run in runs]
             share = self._choose(trainer, splits, starts, ends)
             if share is None:
@@ -213,7 +213,8 @@ class Tuner:
             self.progress.phase(f"{stage.name}, refit on train and validation part")
             run = None
             if self.clock.remaining() > 1.2 * (stop_after or epochs) * len(rows) * chosen["seconds_per_image"]:
-                trainer = self._trainer(stage, depth)
+                # With one stage the freeze state is still its own, and so is the compiled step.
+                trainer = chosen["trainer"] if len(rounds) == 1 else self._trainer(stage, depth)
                 trainer.start = end
                 with self.outcome.timed("refit"):
                     run = trainer.run(

@@ -89,6 +89,7 @@ class _Job:
             self._write("interrupted")
             raise Interrupted(f"Interrupted; the best model so far is {self.folder / MODEL_FILE}.")
         probabilities = self._score_test(model)
+        self._write("exporting")  # a failed export must not cost what was measured
         if self.formats:
             self._export(model, probabilities)
         self._write("judging")

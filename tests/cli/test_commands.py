@@ -1,0 +1,313 @@
+import json
+import shutil
+import subprocess
+import sys
+import tomllib
+from pathlib import Path
+
+import keras
+import numpy as np
+import pytest
+from PIL import Image
+from typer.testing import CliRunner
+
+from tfxfer.cli import app
+from tfxfer.cli.show import describe_baseline
+from tfxfer.cli.train import parse_seconds
+from tfxfer.errors import InputError
+from tfxfer.runtime.files import sha256_of_folder
+from tfxfer.sources.catalog import get_source, list_sources
+from tfxfer.workflow import training
+from tfxfer.workflow.planning import make_plan
+from tfxfer.workflow.run import load_run
+
+CLI = CliRunner()
+
+
+def invoke(*arguments):
+    return CLI.invoke(app, [*map(str, arguments)])
+
+
+def python(code: str, *arguments):
+    return subprocess.run(
+        [sys.executable, "-c", code, *map(str, arguments)], capture_output=True, text=True, timeout=180
+    )  # fmt: skip
+
+
+# -- what needs no run ---------------------------------------------------------------------------------------------
+
+
+def test_sources_lists_every_card():
+    listed = json.loads(invoke("sources", "--json").stdout)
+    assert [row["name"] for row in listed] == [card.name for card in list_sources()]
+    table = invoke("sources").stdout
+    for card in list_sources():
+        assert card.name[:12] in table
+
+
+def test_one_source_shows_its_card():
+    found = invoke("sources", "digits_cnn", "--json")
+    assert found.exit_code == 0
+    card = get_source("digits_cnn")
+    assert json.loads(found.stdout)["weights"]["sha256"] == card.weights["sha256"]
+    assert "Apache-2.0" in invoke("sources", "digits_cnn").stdout
+
+
+def test_print_config_is_the_resolved_plan_and_trains_nothing(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    found = invoke(
+        "train", "no/such/data", "--source", "digits_cnn", "--recipe", "auto", "--freeze", "conv2", "--epochs", "3",
+        "--lr", "0.002", "--batch-norm", "affine", "--seed", "5", "--metric", "macro_f1", "--time-limit", "2m",
+        "--group-by", "^a", "--no-baseline", "--seeds", "2", "--dropout", "0.1", "--batch-size", "8", "--print-config",
+    )  # fmt: skip
+    assert found.exit_code == 0
+    expected = make_plan(
+        source="digits_cnn", recipe="auto", freeze_depth="conv2", epochs=3, learning_rate=0.002, batch_norm="affine",
+        seed=5, metric="macro_f1", time_limit_seconds=120.0, group_by="^a", baseline="none", num_seeds=2, dropout=0.1,
+        batch_size=8,
+    )  # fmt: skip
+    assert tomllib.loads(found.stdout) == expected.to_dict()
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(("text", "seconds"), [("90", 90), ("90s", 90), ("5m", 300), ("1.5h", 5400), (None, None)])
+def test_times(text, seconds):
+    assert parse_seconds(text) == seconds
+
+
+@pytest.mark.parametrize("text", ["", "m", "-3", "0", "five", "nan", "inf", "3d"])
+def test_what_is_no_time(text):
+    with pytest.raises(InputError, match=r"is not a time; write seconds, or 5m, or 1h"):
+        parse_seconds(text)
+
+
+def test_the_verdict_in_one_line():
+    gate = {
+        "verdict": "negative", "metric": "accuracy", "model": 0.87, "scores": {"SVC on pixels": 0.96, "other": 0.1},
+        "best": "SVC on pixels", "difference": -0.09, "low": -0.1, "high": -0.05, "proven": False,
+    }  # fmt: skip
+    line = describe_baseline(gate)
+    assert line.startswith("negative: accuracy 0.870 against 0.960 of the best baseline, SVC on pixels")
+    assert "-0.090 (-0.100 to -0.050)" in line and line.endswith("not proven: the baseline had not converged")
+    assert describe_baseline({"verdict": "not asked"}) == "not compared (--no-baseline)"
+
+
+# -- with a run that is there --------------------------------------------------------------------------------------
+
+
+def test_the_run_s_config_repeats_its_plan(trained):
+    found = invoke("train", "x", "--config", trained.path / "config.toml", "--print-config")
+    assert found.stdout == (trained.path / "config.toml").read_text()
+    assert tomllib.loads(found.stdout) == trained.info["plan"]
+    changed = invoke("train", "x", "--config", trained.path / "config.toml", "--seed", 9, "--print-config")
+    assert tomllib.loads(changed.stdout) == {**trained.info["plan"], "seed": 9}
+
+
+def test_predict_names_what_is_in_images(trained, digits_folder):
+    paths = sorted((digits_folder / "test" / "zero").iterdir())
+    found = invoke("predict", trained.path, digits_folder / "test" / "zero", "--top", 2)
+    assert found.exit_code == 0
+    expected = trained.predict(paths, 2)
+    for line, path, best in zip(found.stdout.splitlines(), paths, expected, strict=True):
+        assert line == f"{path}\t" + "\t".join(f"{name} {p:.4f}" for name, p in best)
+    document = json.loads(invoke("predict", trained.path, paths[0], "--json").stdout)
+    assert document["refused"] == []
+    ((entry,), name) = document["predictions"], expected[0][0][0]
+    assert entry["path"] == str(paths[0]) and [c["name"] for c in entry["classes"]] == [name]
+
+
+def test_a_refused_image_does_not_lose_the_others(trained, digits_folder, tmp_path):
+    good = next((digits_folder / "test" / "zero").iterdir())
+    (tmp_path / "bad.png").write_text("text")
+    found = invoke("predict", trained.path, tmp_path / "bad.png", good)
+    assert found.exit_code == 2
+    assert found.stdout.startswith(f"{good}\t") and len(found.stdout.splitlines()) == 1
+    assert f"refused {tmp_path / 'bad.png'}: " in found.stderr
+
+
+def test_predict_by_a_source_names_its_own_classes(tmp_path, digits):
+    Image.fromarray(digits[0][0]).save(tmp_path / "digit.png")
+    found = json.loads(invoke("predict", "--source", "digits_cnn", tmp_path, "--top", 3, "--json").stdout)
+    (entry,) = found["predictions"]
+    assert len(entry["classes"]) == 3 and {c["name"] for c in entry["classes"]} <= set("0123456789")
+
+
+def test_predict_answers_without_tensorflow(trained, digits_folder):
+    image = next((digits_folder / "test" / "two").iterdir())
+    code = """
+import sys
+from tfxfer.cli import main
+try:
+    main()
+except SystemExit as end:
+    assert not end.code, end.code
+heavy = {"tensorflow", "keras"} & set(sys.modules)
+assert not heavy, heavy
+"""
+    done = python(code, "predict", trained.path, image)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.split("\t")[1].split()[0] == trained.predict([image], 1)[0][0][0]
+    done = python(code, "evaluate", trained.path, digits_folder, "--json")
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout)["confusion_matrix"] == trained.metrics["test"]["confusion_matrix"]
+
+
+def test_evaluate_shows_scores_and_quarantine(trained, digits_folder, tmp_path):
+    data = Path(shutil.copytree(digits_folder / "test", tmp_path / "some"))
+    (data / "one" / "bad.png").write_text("text")
+    found = invoke("evaluate", trained.path, data)
+    assert found.exit_code == 0
+    accuracy = trained.metrics["test"]["accuracy"]
+    assert f"{accuracy['value']:.3f} ({accuracy['low']:.3f} to {accuracy['high']:.3f})" in found.stdout
+    assert "quarantined one/bad.png: " in found.stderr
+    for name in trained.class_names:
+        assert name in found.stdout
+
+
+def test_verify_passes_and_one_flipped_byte_fails_with_the_file_named(run_copy, tfxfer):
+    before = sha256_of_folder(run_copy)
+    status, out, _ = tfxfer("verify", run_copy, "--json")
+    assert status == 0
+    certificates = json.loads(out)
+    assert [c["format"] for c in certificates] == ["saved_model", "onnx"]
+    assert all(c["passed"] and c["max_abs_difference"] <= 1e-4 for c in certificates)
+    assert sha256_of_folder(run_copy) == before
+    for name in ("model.onnx", "saved_model/1/variables/variables.data-00000-of-00001"):
+        path = run_copy / "exports" / name
+        whole = path.read_bytes()
+        path.write_bytes(whole[: len(whole) // 2] + bytes([whole[len(whole) // 2] ^ 1]) + whole[len(whole) // 2 + 1 :])
+        status, out, err = tfxfer("verify", run_copy)
+        assert status == 1 and Path(name).name in err and "Traceback" not in err
+        path.write_bytes(whole)
+    status, _, err = tfxfer("verify", run_copy, "--tolerance", "1e-12")
+    assert status == 1 and "differ" in err
+
+
+def test_export_writes_certified_artifacts_elsewhere(run_copy, tmp_path):
+    found = invoke("export", run_copy, "--formats", " onnx ", "--out", tmp_path / "again", "--json")
+    assert found.exit_code == 0
+    (certificate,) = json.loads(found.stdout)
+    assert certificate["format"] == "onnx" and certificate["passed"]
+    assert (tmp_path / "again" / "model.onnx").is_file()
+
+
+# -- training ------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def spoilt_head(monkeypatch):
+    """Training that ends with a model that is wrong on purpose: its logits are turned round."""
+    whole = training.run_stages
+
+    def spoil(model, *arguments, **options):
+        outcome = whole(model, *arguments, **options)
+        layer = model.get_layer("logits")
+        layer.set_weights([-value for value in layer.get_weights()])
+        return outcome
+
+    monkeypatch.setattr(training, "run_stages", spoil)
+
+
+@pytest.mark.filterwarnings("ignore::tfxfer.metrics.SplitMismatchWarning")
+def test_a_negative_verdict_exits_with_1_and_keeps_the_complete_run(digits_folder, tmp_path, spoilt_head, tfxfer):
+    out = tmp_path / "run"
+    status, text, err = tfxfer(
+        "train", digits_folder, "--source", "digits_cnn", "--recipe", "probe", "--out", out
+    )  # fmt: skip
+    assert status == 1 and "Traceback" not in err
+    run = load_run(out)
+    assert run.info["status"] == "complete" and run.info["baseline"]["verdict"] == "negative"
+    assert run.info["baseline"]["best"] in ("SVC on pixels", "logistic regression on pixels")
+    for word in ("negative: accuracy", run.info["baseline"]["best"]):
+        assert word in " ".join(text.split())
+    assert {path.name for path in out.iterdir()} >= {"run.json", "model.keras", "config.toml", "split.csv", "exports"}
+    assert (out / "exports" / "model.onnx").is_file() and (out / "exports" / "certificate.json").is_file()
+    # Progress went to stderr, line by line.
+    assert "exporting and verifying" in err and "exporting" not in text
+
+
+def test_no_baseline_says_so(digits_folder, tmp_path, tfxfer, no_exports):
+    options = ("--source", "digits_cnn", "--recipe", "probe", "--no-baseline")
+    status, text, _ = tfxfer("train", digits_folder, *options, "--out", tmp_path / "run")
+    assert status == 0 and "not compared (--no-baseline)" in text
+    assert load_run(tmp_path / "run").info["baseline"]["verdict"] == "not asked"
+    assert "1 files, listed in run.json" in text
+    # The same again from the run's own config.
+    status, text, _ = tfxfer(
+        "train", digits_folder, "--config", tmp_path / "run" / "config.toml", "--out", tmp_path / "again", "--json"
+    )  # fmt: skip
+    first, again = load_run(tmp_path / "run").info, json.loads(text)
+    assert status == 0 and again["plan"] == first["plan"] and again["data"] == first["data"]
+    assert again["metrics"]["test"]["confusion_matrix"] == first["metrics"]["test"]["confusion_matrix"]
+
+
+def test_runs_are_numbered_where_no_folder_is_given(digits_folder, tmp_path, tfxfer, no_exports, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    split = tmp_path / "split.csv"
+    for number in (1, 2):
+        options = ("--source", "digits_cnn", "--recipe", "probe", "--no-baseline", "--seed", number)
+        reuse = ("--split", split) if number == 2 else ()
+        assert tfxfer("train", digits_folder, *options, *reuse)[0] == 0
+        shutil.copy(tmp_path / "runs" / f"digits-{number}" / "split.csv", split)
+    one, two = (load_run(tmp_path / "runs" / f"digits-{number}").info for number in (1, 2))
+    assert one["data"]["fingerprint"] == two["data"]["fingerprint"]  # another seed, the same split
+
+
+def test_ctrl_c_exits_with_130_and_the_best_model_kept(digits_folder, tmp_path, tfxfer, monkeypatch):
+    whole = training.run_stages
+
+    def stop(epoch, logs):
+        raise KeyboardInterrupt
+
+    def interrupted(*arguments, **options):
+        options["callbacks"] = (keras.callbacks.LambdaCallback(on_epoch_end=stop),)
+        return whole(*arguments, **options)
+
+    monkeypatch.setattr(training, "run_stages", interrupted)
+    out = tmp_path / "run"
+    status, _, err = tfxfer("train", digits_folder, "--source", "digits_cnn", "--epochs", 2, "--lr", 1e-3, "--out", out)
+    assert status == 130
+    assert err.splitlines()[-1] == f"tfxfer: Interrupted; the best model so far is {out / 'model.keras'}."
+    image = next((digits_folder / "test" / "two").iterdir())
+    assert tfxfer("predict", out, image)[0] == 0
+
+    def at_once(*arguments, **options):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(training, "run_stages", at_once)
+    status, _, err = tfxfer("train", digits_folder, "--source", "digits_cnn", "--out", tmp_path / "other")
+    assert status == 130 and err.splitlines()[-1] == "tfxfer: interrupted."
+
+
+def test_a_user_s_mistake_in_a_real_process_is_one_sentence_and_status_2(tmp_path):
+    """Also what native code would write on stderr stays away."""
+    code = "from tfxfer.cli import main; main()"
+    (tmp_path / "photos" / "cat").mkdir(parents=True)
+    done = python(code, "train", tmp_path / "photos", "--out", tmp_path / "run")
+    assert done.returncode == 2 and done.stdout == ""
+    *progress, last = done.stderr.splitlines()
+    assert last.startswith(f"tfxfer: No labelled image found in {tmp_path / 'photos'}")
+    assert all(line.startswith("[") for line in progress)
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.slow
+def test_demo_beats_what_it_must_beat(tmp_path, tfxfer):
+    status, text, err = tfxfer("demo", "--out", tmp_path / "run", "--json")
+    assert status == 0
+    info = json.loads(text)
+    assert info["metrics"]["test"]["accuracy"]["value"] > 0.92
+    assert info["baseline"]["verdict"] in ("positive", "equivalent", "inconclusive")
+    assert sum(info["data"]["counts"]["test"].values()) == 1697
+    assert f"tfxfer train {tmp_path / 'run-data'} --source digits_cnn" in " ".join(err.split())
+
+
+@pytest.mark.slow
+def test_photo_features_lose_on_digits_and_the_gate_says_so(tmp_path, tfxfer):
+    status, text, _ = tfxfer(
+        "demo", "--source", "efficientnet_lite0_imagenet", "--per-class", 20, "--out", tmp_path / "run", "--json"
+    )  # fmt: skip
+    info = json.loads(text)
+    assert info["status"] == "complete"
+    assert (status, info["baseline"]["verdict"]) == (1, "negative")
+    assert np.isfinite(info["baseline"]["difference"])
