@@ -20,6 +20,7 @@ _WHERE = {
     "Progress": "tfxfer.runtime.progress",
     "Recipe": "tfxfer.specs",
     "Run": "tfxfer.workflow.run",
+    "SeenImagesWarning": "tfxfer.workflow.scoring",
     "Source": "tfxfer.specs",
     "SplitMismatchWarning": "tfxfer.metrics",
     "Stage": "tfxfer.specs",

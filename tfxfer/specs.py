@@ -28,6 +28,8 @@ class Spec:
         for key in values:
             if key not in fields:
                 raise InputError(f"Unknown key {key!r} in the {cls.what}. {did_you_mean(key, fields)}")
+        for key, value in values.items():
+            _check_type(f"{key!r} in the {cls.what}", value, fields[key].type)
         try:
             return cls(**{key: _frozen(value) for key, value in values.items()})
         except TypeError as error:
@@ -40,6 +42,22 @@ class Spec:
             for field in dataclasses.fields(self)  # type: ignore[arg-type]
             if getattr(self, field.name) is not None
         }
+
+
+_TYPES: dict[Any, tuple[tuple[type, ...], str]] = {
+    bool: ((bool,), "true or false"),
+    int: ((int,), "a whole number"),
+    float: ((int, float), "a number"),
+    str: ((str,), "text"),
+    int | str: ((int, str), "a whole number or text"),
+    str | tuple[str, ...]: ((str, list, tuple), "text or a list of texts"),
+}
+
+
+def _check_type(what: str, value: Any, wanted: Any) -> None:
+    kinds, words = _TYPES.get(wanted, ((object,), ""))
+    if not isinstance(value, kinds) or (isinstance(value, bool) and bool not in kinds and object not in kinds):
+        raise InputError(f"{what} must be {words}, not {value!r}.")
 
 
 def _frozen(value: Any) -> Any:
@@ -182,6 +200,11 @@ class Recipe(Spec):
         stages = tuple(Stage.from_dict(stage) if isinstance(stage, Mapping) else stage for stage in self.stages)
         object.__setattr__(self, "stages", stages)
         _need(bool(stages), f"recipe {self.name!r} has no stage.")
+        _need(all(isinstance(s, Stage) for s in stages), f"recipe {self.name!r}: each stage must be a table.")
+        _need(
+            all(stage.solver != "convex" for stage in stages[1:]),
+            f"recipe {self.name!r}: a convex stage can only be the first.",
+        )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -228,6 +251,7 @@ class Plan(Spec):
     def __post_init__(self) -> None:
         if isinstance(self.recipe, Mapping):
             object.__setattr__(self, "recipe", Recipe.from_dict(self.recipe))
+        _need(isinstance(self.recipe, Recipe), f"recipe must be a table with name and stages, not {self.recipe!r}.")
         _need(
             isinstance(self.seed, int) and 0 <= self.seed < 2**31,
             f"seed must be a whole number from 0 to {2**31 - 1}, not {self.seed!r}.",

@@ -94,7 +94,7 @@ def test_logits_are_what_the_softmax_takes():
 
 
 def test_the_image_size_is_the_source_s_unless_given():
-    assert build_model("mobilenet_v2_imagenet", 2, weights=False).get_layer("adapt_image").size_px == 224
+    assert build_model("digits_cnn", 2, weights=False).get_layer("adapt_image").size_px == 32
     small = build_model("mobilenet_v2_imagenet", 2, image_size=32, weights=False)
     assert small.get_layer("adapt_image").size_px == 32
     assert small.predict(noise(1, 90, 50), verbose=0).shape == (1, 2)

@@ -275,7 +275,7 @@ def check_without_refit(model, data, outcome, may_pool):
     assert accuracy(outcome.held_probabilities, data.labels[outcome.held]) == pytest.approx(found["probe"])
 
 
-@pytest.mark.parametrize("may_pool", [False, True])
+@pytest.mark.parametrize("may_pool", [False, pytest.param(True, marks=pytest.mark.slow)])
 def test_where_time_does_not_allow_to_fit_again_what_is_told_is_what_is_kept(small_digits, may_pool):
     data = training_data(small_digits, 160, 120, may_pool=may_pool)
     clock = Clock(1e9)
@@ -389,6 +389,7 @@ def test_mirrored_views_are_used_where_they_do_not_hurt(data):
     assert "mirror" not in outcome.selection and outcome.cache["views"] == 1
 
 
+@pytest.mark.slow
 def test_the_same_seed_gives_the_same_model_and_another_seed_another(data):
     stage = dataclasses.replace(STRONG, epochs=2)
     models = [run(data, PROBE, stage, model=norm_model(4, dropout=0.3), seed=seed)[0] for seed in (4, 4, 5)]

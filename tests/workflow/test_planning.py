@@ -99,7 +99,7 @@ def test_a_wrong_value_is_refused_in_one_sentence(given, sentence):
     [
         ("souce = 'digits_cnn'", r"config\.toml: unknown key 'souce'\. Did you mean 'source'"),
         ("source = ", r"config\.toml is not a TOML file"),
-        ("seed = 'three'", r"seed must be a whole number from 0 to 2147483647, not 'three'"),
+        ("seed = 'three'", r"'seed' in the plan must be a whole number, not 'three'"),
         ("[recipe]\nname = 'own'\nstages = []", r"[Rr]ecipe 'own' has no stage"),
         (
             "[recipe]\nname = 'own'\n[[recipe.stages]]\nname = 'a'\nepoch = 3",

@@ -1,11 +1,26 @@
 """The command line: one file a command, no logic. Only commands that need TensorFlow import it, when they run."""
 
+import functools
 import sys
 
 import typer
 
 from tfxfer.cli import demo, evaluate, export, predict, sources, train, verify
-from tfxfer.errors import TfxferError
+from tfxfer.errors import Interrupted, TfxferError
+
+
+def _told(run):
+    """Say that a command was interrupted; left to itself the library exits with 130 and says nothing."""
+
+    @functools.wraps(run)
+    def command(*args, **kwargs):
+        try:
+            return run(*args, **kwargs)
+        except KeyboardInterrupt:
+            raise Interrupted("interrupted.") from None
+
+    return command
+
 
 app = typer.Typer(
     name="tfxfer",
@@ -16,7 +31,7 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 for module in (demo, sources, train, evaluate, predict, export, verify):
-    app.command(module.NAME, help=module.HELP)(module.run)
+    app.command(module.NAME, help=module.HELP)(_told(module.run))
 
 
 def main() -> None:
@@ -26,6 +41,3 @@ def main() -> None:
     except TfxferError as error:
         print(f"tfxfer: {error}", file=sys.stderr)
         sys.exit(error.exit_status)
-    except KeyboardInterrupt:
-        print("tfxfer: interrupted.", file=sys.stderr)
-        sys.exit(130)

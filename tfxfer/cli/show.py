@@ -118,10 +118,15 @@ def print_run(info: dict[str, Any], folder: Any) -> None:
     table.add_row("data", f"{len(data['classes'])} classes; " + ", ".join(f"{n} {part}" for part, n in counts.items()))
     if data["quarantined"]:
         table.add_row("quarantined", f"{len(data['quarantined'])} files, listed in run.json")
+    told = {"leaks": "leaks", "conflicts": "conflicts", "near_duplicates_across_parts": "copies across parts"}
+    for key, name in told.items():
+        if data[key]:
+            table.add_row(name, f"{len(data[key])}, listed in run.json")
     table.add_row("source", f"{info['source']['name']} ({info['source']['licence']})")
     table.add_row("chosen", info["chosen"].replace("_", "-"))
     audit = info["freeze_audit"]
-    table.add_row("frozen", f"{audit['freeze_depth']} of {audit['num_blocks']} blocks, bit-identical after training")
+    frozen = f"{audit['freeze_depth']} of {audit['num_blocks']} blocks, bit-identical after training"
+    table.add_row("frozen", frozen if audit["freeze_depth"] else "nothing")
     for part, scores in metrics.items():
         table.add_row(f"{part} accuracy", interval(scores["accuracy"]))
         table.add_row(f"{part} macro F1", interval(scores["macro_f1"]))

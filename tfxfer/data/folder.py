@@ -65,6 +65,10 @@ def _part_folders(root: Path) -> list[tuple[str | None, Path]]:
             raise InputError(f"{parts[part]} and {folder} both mean the part {part!r}; keep one of them.")
         parts[part] = folder
     if "train" not in parts:
+        if len(parts) > 1:
+            raise InputError(
+                f"{root} has {' and '.join(sorted(parts))} but no train folder; add it, or pass one folder."
+            )
         return [(None, root)]
     for folder in parts.values():
         if _leaves(folder, root):

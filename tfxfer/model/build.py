@@ -17,6 +17,7 @@ def build_model(
     dropout: float = 0.2,
     logits: bool = False,
     weights: bool = True,
+    seed: int = 0,
 ) -> keras.Model:
     """A model from a pretrained source and a new head, ready for `freeze`, `compile` and `fit`.
 
@@ -27,6 +28,7 @@ def build_model(
         dropout: Rate before the head, in [0, 1).
         logits: Output logits instead of probabilities.
         weights: Load the pretrained weights; False leaves random ones.
+        seed: Of random weights of the backbone.
 
     Returns:
         A functional `keras.Model`: images (N, H, W, C), any H and W, C in 1..4, uint8 or float in 0..255, to
@@ -40,7 +42,7 @@ def build_model(
         >>> model.predict(images)  # doctest: +SKIP
     """
     card = catalog.get_source(source) if isinstance(source, str) else source
-    backbone = catalog.load_backbone(card, image_size=image_size, weights=weights)
+    backbone = catalog.load_backbone(card, image_size=image_size, weights=weights, seed=seed)
     return assemble(backbone, card, head, dropout=dropout, logits=logits)
 
 

@@ -45,7 +45,7 @@ def quick_baselines(card: Source, plan: Plan, data: TrainingData, test_pixels: n
 def random_features_baseline(card: Source, plan: Plan, data: TrainingData, test_pixels: np.ndarray) -> np.ndarray:
     """The same network without its pretrained weights, frozen, under the same convex head: (M, K) probabilities."""
     keras.utils.set_random_seed(plan.seed)
-    model = build_model(card, data.num_classes, image_size=plan.image_size, weights=False)
+    model = build_model(card, data.num_classes, image_size=plan.image_size, weights=False, seed=plan.seed)
     freeze(model, "all", batch_norm="frozen")
     cut = cut_model(model, len(card.blocks))
     assert cut is not None  # a cut behind the last block crosses the features alone

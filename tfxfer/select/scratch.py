@@ -47,8 +47,9 @@ def train_from_scratch(
 ) -> Scratch:
     """Train every weight from random ones, BatchNorm included, until the validation loss stalls.
 
-    Adam with its own, higher rate, halved when the validation loss has not fallen for six epochs; at most three times
-    the transferred model's epochs (at least 30), the weights of the best epoch kept.
+    It trains on the train part only: the validation part says when to stop. Adam with its own, higher rate, halved when
+    the validation loss has not fallen for six epochs; at most three times the transferred model's epochs (at least 30),
+    the weights of the best epoch kept.
 
     Args:
         card: The source, for its architecture.
@@ -62,7 +63,13 @@ def train_from_scratch(
     progress = progress or Progress()
     keras.utils.set_random_seed(plan.seed)
     model = build_model(
-        card, data.num_classes, image_size=plan.image_size, dropout=plan.dropout, logits=True, weights=False
+        card,
+        data.num_classes,
+        image_size=plan.image_size,
+        dropout=plan.dropout,
+        logits=True,
+        weights=False,
+        seed=plan.seed,
     )
     freeze(model, 0, batch_norm="train")
     model.compile(

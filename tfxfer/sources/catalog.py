@@ -75,7 +75,7 @@ def load_backbone(
         (None, 64)
     """
     card = _card_of(source)
-    size_px = _checked_image_size(card, image_size)
+    size_px = check_image_size(card, image_size)
     build = lookup(BUILDERS, card.architecture, "architecture")
     load = lookup(KINDS, card.kind, "source kind")
     model = build(size_px, include_top=include_top, seed=seed)
@@ -111,7 +111,8 @@ def _card_of(source: str | Source) -> Source:
     raise InputError(f"A source is its name or its card, not {source!r}.")
 
 
-def _checked_image_size(card: Source, image_size: int | None) -> int:
+def check_image_size(card: Source, image_size: int | None) -> int:
+    """The side in pixels that a backbone is built for; refused where the network cannot take it."""
     if image_size is None:
         return card.image_size_px
     if isinstance(image_size, bool) or not hasattr(image_size, "__index__"):

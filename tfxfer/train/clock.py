@@ -16,6 +16,7 @@ class Clock:
     def __init__(self, limit_seconds: float = 0.0, started: float | None = None):
         self.limit_seconds = limit_seconds
         self.started = time.monotonic() if started is None else started
+        self.stopped = False  # set where something was cut short, which may be before the limit itself
 
     def remaining(self) -> float:
         """Seconds left; infinity without a limit."""
@@ -24,7 +25,8 @@ class Clock:
         return self.limit_seconds - (time.monotonic() - self.started)
 
     def expired(self) -> bool:
-        return self.remaining() <= 0
+        """Whether the time is over, or so nearly that an epoch was left out."""
+        return self.stopped or self.remaining() <= 0
 
 
 class StopOnTime(keras.callbacks.Callback):
@@ -40,4 +42,4 @@ class StopOnTime(keras.callbacks.Callback):
 
     def on_epoch_end(self, epoch, logs=None):
         if self.clock.remaining() < time.monotonic() - self._began:
-            self.model.stop_training = True
+            self.model.stop_training = self.clock.stopped = True

@@ -180,11 +180,11 @@ class _Loop:
         if self.plan.augment == "none":
             return extracted
         both = join_views(extracted, self._extract(prefix, "mirror"))
-        if self.probe and self.plan.augment == "auto":
+        if self.probe:
             mirrored = self._fit_probe(both)
             rise = mirrored.held_log_losses - self.probe.held_log_losses
             error = float(rise.std(ddof=1) / len(rise) ** 0.5)
-            used = bool(rise.mean() <= error)
+            used = self.plan.augment == "mirror" or bool(rise.mean() <= error)
             self.outcome.selection["mirror"] = {
                 "log_loss_rise": float(rise.mean()),
                 "standard_error": error,
@@ -193,4 +193,5 @@ class _Loop:
             if not used:
                 return extracted
             self.probe = mirrored
+            self._judge_probe()
         return both

@@ -21,6 +21,10 @@ MIN_STEPS = 100
 BLEND_SHARES = (0.25, 0.5, 0.75, 1.0)
 
 
+class OutOfTime(Exception):
+    """The time limit came before all folds were trained."""
+
+
 class Tuner:
     """Runs the fine-tuning stages of a recipe and decides on held-out images what is kept.
 
@@ -83,6 +87,8 @@ class Tuner:
             refitted = self._refit(origin, rounds, ends, share)
             if refitted is not None:
                 best = self._kept(refitted, share)
+        except OutOfTime:  # folds that were not trained cannot be judged
+            self.outcome.selection["fine_tune_against_probe"] = "left out: the time limit did not allow all folds"
         finally:
             cut.suffix.set_weights(best)
             if best is not kept:
@@ -108,6 +114,8 @@ class Tuner:
         runs = [self._best_rate(trainer, stage, starts[0], epochs)]
         rate = runs[0].learning_rate
         for index in range(1, len(self.splits)):
+            if self.clock.expired():
+                raise OutOfTime
             self.progress.phase(f"{stage.name}, fold {index + 1} of {len(self.splits)}")
             runs.append(self._run(trainer, index, starts[index], rate, epochs))
         used = int(np.median([run.epochs for run in runs]))

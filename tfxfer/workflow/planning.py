@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from tfxfer.errors import InputError, did_you_mean
-from tfxfer.sources.catalog import get_source
+from tfxfer.sources.catalog import check_image_size, get_source
 from tfxfer.specs import Plan, Recipe, read_toml
 from tfxfer.train.recipes import get_recipe
 
@@ -27,6 +27,8 @@ def make_plan(config: str | Path | None = None, **given: Any) -> Plan:
     """
     given = {key: value for key, value in given.items() if value is not None}
     stage = {key: given.pop(key) for key in STAGE_KEYS if key in given}
+    if stage and given.get("method") == "probe":
+        raise InputError(f"Method 'probe' has no fine-tuning, so {' and '.join(stage)} would do nothing; drop it.")
     values: dict[str, Any] = read_toml(Path(config)) if config else {}
     known = [field.name for field in dataclasses.fields(Plan)]
     for key in values:
@@ -34,7 +36,12 @@ def make_plan(config: str | Path | None = None, **given: Any) -> Plan:
             raise InputError(f"{config}: unknown key {key!r}. {did_you_mean(key, known)}")
     values |= given
     values.setdefault("source", DEFAULT_SOURCE)
-    values.setdefault("image_size", get_source(values["source"]).image_size_px)
+    if not isinstance(values["source"], str):
+        raise InputError(f"source must be a name, not {values['source']!r}.")
+    card = get_source(values["source"])
+    values.setdefault("image_size", card.image_size_px)
+    if isinstance(values["image_size"], int):
+        check_image_size(card, values["image_size"])
     recipe = values.get("recipe", "auto")
     values["recipe"] = _with_stage_values(_as_recipe(recipe), stage, own=isinstance(given.get("recipe"), Recipe))
     return Plan.from_dict(values)
@@ -43,7 +50,11 @@ def make_plan(config: str | Path | None = None, **given: Any) -> Plan:
 def _as_recipe(recipe: Any) -> Recipe:
     if isinstance(recipe, Recipe):
         return recipe
-    return get_recipe(recipe) if isinstance(recipe, str) else Recipe.from_dict(recipe)
+    if isinstance(recipe, str):
+        return get_recipe(recipe)
+    if not isinstance(recipe, Mapping):
+        raise InputError(f"recipe must be a name or a table with name and stages, not {recipe!r}.")
+    return Recipe.from_dict(recipe)
 
 
 def _with_stage_values(recipe: Recipe, stage: Mapping[str, Any], *, own: bool) -> Recipe:

@@ -1,5 +1,7 @@
 """Evaluate and predict; with a run that has an ONNX artifact neither imports TensorFlow."""
 
+import csv
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -15,6 +17,19 @@ from tfxfer.sources.catalog import class_names_of, get_source
 from tfxfer.workflow.run import Run, as_run, load_run, predict_with_keras
 
 
+class SeenImagesWarning(UserWarning):
+    """Images that a model is scored on were among those it was trained or chosen on."""
+
+
+def trained_on(run: Run) -> set[str]:
+    """The SHA-256 of the images in a run's train and validation part, by its split.csv."""
+    path = run.path / "split.csv"
+    if not path.is_file():
+        return set()
+    with path.open(newline="", encoding="utf-8") as file:
+        return {row["sha256"] for row in csv.DictReader(file) if row["part"] != "test"}
+
+
 def evaluate(
     run: Run | str | Path, data: Any, *, group_by: str | None = None, progress: Progress | None = None
 ) -> dict:
@@ -27,7 +42,10 @@ def evaluate(
         progress: Told about decoding.
 
     Returns:
-        What `tfxfer.metrics.score` returns, and `quarantined`.
+        What `tfxfer.metrics.score` returns, `quarantined`, and `num_images_trained_on`.
+
+    Warns:
+        SeenImagesWarning: Where images were in the run's own train or validation part.
     """
     run = as_run(run)
     size = run.info["plan"]["image_size"]
@@ -41,7 +59,19 @@ def evaluate(
         test.labels, probabilities, run.class_names, groups=test.groups, weights=test.weights,
         seed=run.info["plan"]["seed"],
     )  # fmt: skip
-    return {**scores, "quarantined": [{"path": path, "reason": reason} for path, reason in found.quarantined]}
+    known = trained_on(run)
+    seen = sum(sha256 in known for sha256 in test.sha256)
+    if seen:
+        warnings.warn(
+            f"{seen} of these {len(test)} images were in the run's own train or validation part: too good a score.",
+            SeenImagesWarning,
+            stacklevel=2,
+        )
+    return {
+        **scores,
+        "num_images_trained_on": seen,
+        "quarantined": [{"path": path, "reason": reason} for path, reason in found.quarantined],
+    }
 
 
 def predict(run: Run | str | Path, images: np.ndarray | Sequence, *, top_k: int | None = None) -> Any:

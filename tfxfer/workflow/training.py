@@ -1,6 +1,7 @@
 """The main job: labelled images and a source in; a trained, scored, exported, verified and judged model out."""
 
 import contextlib
+import shutil
 import time
 import warnings
 from collections.abc import Iterator, Sequence
@@ -66,6 +67,8 @@ class _Job:
         self.clock = Clock(plan.time_limit_seconds)
         self.given_model = model
         self.info: dict[str, Any] = {}
+        if model is not None and plan.num_seeds > 1:
+            raise InputError("num_seeds above 1 builds the model anew for each seed; give the source's name instead.")
         for name in formats:
             lookup(EXPORTERS, name, "export format")
         with self._timed("read_data"):
@@ -74,6 +77,14 @@ class _Job:
             self.dataset.part(part)  # where one is missing, say so before anything is computed
 
     def run(self) -> Run:
+        try:
+            return self._run()
+        except BaseException:
+            if not (self.folder / MODEL_FILE).exists() and (self.folder / "config.toml").exists():
+                shutil.rmtree(self.folder, ignore_errors=True)  # nothing was trained: the name is free again
+            raise
+
+    def _run(self) -> Run:
         model = self._build()
         training = self._training_data()
         self.folder.mkdir(parents=True, exist_ok=True)
@@ -122,8 +133,14 @@ class _Job:
         labels = np.concatenate([train.labels, val.labels])
         weights = [np.ones(len(part)) if part.weights is None else part.weights for part in (train, val)]
         weight = np.concatenate(weights).astype(np.float64)
+        of_class = np.bincount(labels, weights=weight, minlength=self.dataset.num_classes)
+        if not of_class.all():
+            name = self.dataset.class_names[int(np.argmin(of_class))]
+            raise InputError(
+                f"All images of class {name!r} have weight 0; give it some weight, or leave the class out."
+            )
         if self.plan.metric != "accuracy":  # the balanced metrics count classes, not images
-            weight = weight / np.bincount(labels, weights=weight, minlength=self.dataset.num_classes)[labels]
+            weight = weight / of_class[labels]
         return TrainingData(
             parts=tuple(self.dataset.pixels(name, self.plan.image_size) for name in ("train", "val")),
             labels=labels,
@@ -177,13 +194,16 @@ class _Job:
         if outcome.held_probabilities is None:
             return
         held = outcome.held
+        parts = [self.dataset.part(name) for name in ("train", "val")]
+        weighted = all(part.weights is not None for part in parts)
+        weights = np.concatenate([part.weights for part in parts])[held] if weighted else None
         self.info["metrics"] = {
             "validation": {
                 "judged_on": "validation part" if len(held) == len(training.held) else "folds of train and validation",
                 "note": "By models that did not train on these images, but chosen on them: optimistic.",
                 **score(
                     training.labels[held], outcome.held_probabilities, self.dataset.class_names,
-                    groups=[training.groups[row] for row in held], seed=self.plan.seed,
+                    groups=[training.groups[row] for row in held], weights=weights, seed=self.plan.seed,
                 ),
             }
         }  # fmt: skip
@@ -232,7 +252,9 @@ class _Job:
             plan = _with_seed(self.plan, seed)
             if seed != self.plan.seed:
                 model = self._build(plan)
-                self._train(model, training, plan, lambda model, stage: None)
+                self.clock = Clock(plan.time_limit_seconds)
+                if self._train(model, training, plan, lambda model, stage: None).interrupted:
+                    raise Interrupted(f"Interrupted while repeating; {self.folder / MODEL_FILE} is complete.")
                 ours.append(model.predict(pixels, batch_size=64, verbose=0))
             tables, fact = self._baselines(training, outcome, plan, pixels)
             theirs.append(tables)
