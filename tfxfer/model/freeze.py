@@ -35,8 +35,8 @@ def freeze(model: keras.Model, depth: int | str = "all", *, batch_norm: str = "a
         >>> import keras
         >>> layers = [keras.layers.Dense(3, name="a"), keras.layers.Dense(2, name="b")]
         >>> net = keras.Sequential([keras.Input((4,)), *layers])
-        >>> [v.path for v in freeze(net, "a").trainable_variables]
-        ['b/kernel', 'b/bias']
+        >>> [layer.name for layer in freeze(net, "a").layers if layer.trainable]
+        ['b']
     """
     if batch_norm not in BATCH_NORM_STATES:
         raise InputError(f"Unknown batch_norm {batch_norm!r}. {did_you_mean(batch_norm, BATCH_NORM_STATES)}")
