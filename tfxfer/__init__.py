@@ -44,7 +44,7 @@ _WHERE = {
     "predict": "tfxfer.workflow.scoring",
     "predict_with_source": "tfxfer.workflow.scoring",
     "unfreeze": "tfxfer.model.freeze",
-    "verify": "tfxfer.exporters.verify",
+    "verify": "tfxfer.workflow.scoring",
 }
 
 __all__ = sorted(_WHERE)

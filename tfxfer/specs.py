@@ -2,7 +2,7 @@
 
 import dataclasses
 import tomllib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, ClassVar, Self
 
@@ -88,6 +88,38 @@ class Block(Spec):
     name: str
     layers: tuple[str, ...]
     num_parameters: int
+
+
+def depth_of(names: Sequence[str], depth: int | str) -> int:
+    """The number of leading blocks that `depth` names.
+
+    Args:
+        names: Of all blocks, from the input to the head.
+        depth: A count in 0..len(names), "all", or a block's name (inclusive). A string of digits is a count.
+
+    Raises:
+        InputError: Where the count is out of range or no block has that name.
+
+    Example:
+        >>> depth_of(["stem", "block_1", "top"], "block_1"), depth_of(["stem", "block_1", "top"], "all")
+        (2, 3)
+    """
+    names = list(names)
+    if depth == "all":
+        return len(names)
+    if isinstance(depth, str) and depth in names:
+        return names.index(depth) + 1
+    try:
+        count = int(depth)
+    except ValueError:
+        raise InputError(
+            f"No block is named {depth!r}; a freeze depth is 0 to {len(names)}, 'all', or one of {', '.join(names)}."
+        ) from None
+    if isinstance(depth, bool) or count != float(depth) or not 0 <= count <= len(names):
+        raise InputError(
+            f"Freeze depth {depth} is out of range: there are {len(names)} blocks; give 0 to {len(names)}, or all."
+        )
+    return count
 
 
 @dataclasses.dataclass(frozen=True)

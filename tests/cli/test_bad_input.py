@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from tfxfer.data import load_data
 from tfxfer.runtime.files import sha256_of_folder
 from tfxfer.sources import catalog
 from tfxfer.sources.catalog import get_source
@@ -138,6 +139,30 @@ def test_a_file_where_a_folder_is_expected(refuses, folder):
 
 def test_one_class(refuses, folder):
     assert "are of one class, 'cat'; at least two" in refuses(*train(photos(folder, cat=5)))
+
+
+def test_a_class_whose_pictures_are_all_of_an_unread_format(refuses, folder):
+    photos(folder, cat=3, dog=3)
+    (folder / "fox").mkdir()
+    (folder / "fox" / "1.HEIC").write_bytes(b"x")
+    sentence = refuses(*train(folder))
+    assert "The folder fox has pictures but none that can be read, as fox/1.HEIC" in sentence
+    (folder / "fox" / "1.HEIC").rename(folder / "fox" / "1.txt")
+    assert load_data(folder).class_names == ("cat", "dog")  # foreign files make no class
+
+
+def test_what_can_be_seen_without_tensorflow_is_refused_before_it_is_imported(refuses, folder, monkeypatch):
+    def imported(*_):
+        raise AssertionError("TensorFlow is being imported")
+
+    monkeypatch.setattr("tfxfer.workflow.start._import_quietly", imported)
+    assert "of one class" in refuses(*train(photos(folder, cat=2)))
+    photos(folder, dog=2)
+    assert "There is no split file" in refuses(*train(folder, "--split", "none.csv"))
+    assert "not a regular expression" in refuses(*train(folder, "--group-by", "(a"))
+    tuned = ("train", folder, "--source", "digits_cnn", "--out", "run")
+    assert "out of range" in refuses(*tuned, "--freeze", "9")
+    assert "No block is named" in refuses(*tuned, "--freeze", "conv9")
 
 
 def test_a_class_with_one_image(refuses, folder):

@@ -1,7 +1,9 @@
 import json
 import shutil
+import signal
 import subprocess
 import sys
+import time
 import tomllib
 from pathlib import Path
 
@@ -168,19 +170,26 @@ def test_verify_passes_and_one_flipped_byte_fails_with_the_file_named(run_copy, 
     before = sha256_of_folder(run_copy)
     status, out, _ = tfxfer("verify", run_copy, "--json")
     assert status == 0
-    certificates = json.loads(out)
-    assert [c["format"] for c in certificates] == ["saved_model", "onnx"]
+    answer = json.loads(out)
+    certificates = answer["certificates"]
+    assert answer["passed"] is True and [c["format"] for c in certificates] == ["saved_model", "onnx"]
     assert all(c["passed"] and c["max_abs_difference"] <= 1e-4 for c in certificates)
     assert sha256_of_folder(run_copy) == before
     for name in ("model.onnx", "saved_model/1/variables/variables.data-00000-of-00001"):
         path = run_copy / "exports" / name
         whole = path.read_bytes()
         path.write_bytes(whole[: len(whole) // 2] + bytes([whole[len(whole) // 2] ^ 1]) + whole[len(whole) // 2 + 1 :])
-        status, out, err = tfxfer("verify", run_copy)
+        status, out, err = tfxfer("verify", run_copy, "--json")
         assert status == 1 and Path(name).name in err and "Traceback" not in err
+        assert json.loads(out)["passed"] is False and Path(name).name in json.loads(out)["problem"]
         path.write_bytes(whole)
-    status, _, err = tfxfer("verify", run_copy, "--tolerance", "1e-12")
+    status, out, err = tfxfer("verify", run_copy, "--tolerance", "1e-12", "--json")
     assert status == 1 and "differ" in err
+    assert [c["passed"] for c in json.loads(out)["certificates"]].count(False) >= 1
+    model = run_copy / "model.keras"
+    model.write_bytes(model.read_bytes() + b"0")
+    status, _, err = tfxfer("verify", run_copy)
+    assert status == 1 and "model.keras is not the model that the run recorded" in err
 
 
 def test_export_writes_certified_artifacts_elsewhere(run_copy, tmp_path):
@@ -189,6 +198,24 @@ def test_export_writes_certified_artifacts_elsewhere(run_copy, tmp_path):
     (certificate,) = json.loads(found.stdout)
     assert certificate["format"] == "onnx" and certificate["passed"]
     assert (tmp_path / "again" / "model.onnx").is_file()
+
+
+def test_export_of_one_format_keeps_the_others(run_copy):
+    found = invoke("export", run_copy, "--formats", "onnx", "--json")
+    assert found.exit_code == 0, found.stderr
+    assert [c["format"] for c in json.loads(found.stdout)] == ["onnx", "saved_model"]
+    assert (run_copy / "exports/saved_model/1/saved_model.pb").is_file()
+    assert invoke("verify", run_copy).exit_code == 0
+
+
+def test_a_run_without_exports_can_be_exported_later(digits_folder, tmp_path, no_exports):
+    out = tmp_path / "run"
+    assert invoke("train", digits_folder, "--source", "digits_cnn", "--method", "probe", "--no-baseline", "--out", out)
+    kept = out / "samples.npz"
+    assert kept.is_file() and not (out / "exports").exists()
+    found = invoke("export", out, "--formats", "onnx", "--json")
+    assert found.exit_code == 0, found.stderr
+    assert json.loads(found.stdout)[0]["num_images"] == 64 and not kept.exists()
 
 
 # -- training ------------------------------------------------------------------------------------------------------
@@ -311,3 +338,26 @@ def test_photo_features_lose_on_digits_and_the_gate_says_so(tmp_path, tfxfer):
     assert info["status"] == "complete"
     assert (status, info["baseline"]["verdict"]) == (1, "negative")
     assert np.isfinite(info["baseline"]["difference"])
+
+
+@pytest.mark.slow
+def test_a_real_ctrl_c_keeps_the_model(digits_folder, tmp_path):
+    out = tmp_path / "run"
+    command = [
+        sys.executable, "-c", "from tfxfer.cli import main; main()", "train", digits_folder,
+        "--source", "digits_cnn", "--epochs", "500",
+        "--out", out,
+    ]  # fmt: skip
+    with subprocess.Popen(list(map(str, command)), stderr=subprocess.PIPE, text=True) as process:
+        for line in process.stderr:
+            if "tune, learning rate" in line or "tune, fold" in line:
+                time.sleep(3)
+                process.send_signal(signal.SIGINT)
+                break
+        rest = process.stderr.read()
+    assert process.returncode == 130, rest
+    assert "Interrupted; the best model so far is" in rest and "Traceback" not in rest
+    run = load_run(out)
+    assert run.info["status"] == "interrupted" and run.model.output_shape[-1] == 10
+    found = invoke("export", out, "--formats", "onnx", "--json")
+    assert found.exit_code == 0 and json.loads(found.stdout)[0]["passed"] is True

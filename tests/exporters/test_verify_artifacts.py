@@ -211,6 +211,28 @@ def test_the_judge(got, classes, sentence):
     assert [sentence in problem for problem in certificate.problems] == ([] if sentence is None else [True])
 
 
+@pytest.mark.parametrize(
+    ("difference", "sentence"),
+    [(8e-4, None), (1.2e-3, "image other_1 of another size: probabilities differ by 0.0012")],
+)
+def test_a_made_up_image_may_differ_ten_times_as_much_and_does_not_count(difference, sentence):
+    tasks = [Task("batch_1", "images", (), 1, 1), Task("other_1", "images", (), 1, 1, made_up=(0,))]
+    want = np.array([[0.7, 0.3]])
+    outcome = Outcome("by hand", ("a", "b"))
+    outcome.probabilities.update(batch_1=want + 5e-5, other_1=want + difference)
+    outcome.classes.update(batch_1=np.array(["a"]), other_1=np.array(["a"]))
+    certificate = compare(
+        Artifact("onnx", "model.onnx", "0", {}),
+        outcome,
+        tasks,
+        Expected(want, np.concatenate([want, want]), want[:0]),
+        class_names=("a", "b"),
+        tolerance=1e-4,
+    )
+    assert certificate.max_abs_difference == pytest.approx(5e-5)
+    assert [sentence in problem for problem in certificate.problems] == ([] if sentence is None else [True])
+
+
 def test_ties_may_fall_either_way():
     want = np.array([[0.4, 0.4, 0.2], [0.40004, 0.39996, 0.2], [0.4002, 0.3998, 0.2]])
     got = want[:, [1, 0, 2]]

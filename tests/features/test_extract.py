@@ -22,8 +22,7 @@ def backbone_features(model, images):
 
 
 @pytest.mark.parametrize("state", ["frozen", "train"])
-@pytest.mark.parametrize("depth", [0, 1, 3])
-@pytest.mark.parametrize("batch_size", [4, 64])
+@pytest.mark.parametrize(("depth", "batch_size"), [(0, 4), (1, 64), (3, 4)])
 def test_the_frozen_function_computes_what_predict_computes(depth, batch_size, state):
     model, cut = cut_at(depth, state)
     found = extract(FrozenPrefix(cut, batch_size), PARTS)

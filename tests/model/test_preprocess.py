@@ -6,9 +6,10 @@ from PIL import Image
 
 from tfxfer.model.preprocess import AdaptImage
 
-# Pillow rounds to whole levels after each of its two passes; AdaptImage never does.
-LEVELS = 1.01
+# Weights are divided in float32 here and in float64 by Pillow, so some levels fall on the other side of a half.
+ONE_LEVEL_OFF = 0.005  # share of pixels; none where the ratio of sizes is a plain fraction
 SIZES = [(24, 24, 24), (96, 80, 32), (31, 50, 24), (17, 23, 40), (8, 64, 24), (200, 9, 33), (1, 1, 5), (300, 7, 64)]
+PLAIN = {(24, 24, 24), (96, 80, 32), (8, 64, 24), (1, 1, 5)}
 
 
 def noise(height: int, width: int, channels: int, seed: int = 0) -> np.ndarray:
@@ -22,8 +23,8 @@ def pillow(image: np.ndarray, size_px: int) -> np.ndarray:
     if "A" in mode:
         opened = opened.convert("RGBA")
         opened = Image.alpha_composite(Image.new("RGBA", opened.size, (255, 255, 255, 255)), opened)
-    resized = opened.convert("RGB").resize((size_px, size_px), Image.Resampling.BILINEAR)
-    return np.asarray(resized, np.float32)
+    wide = opened.convert("RGB").resize((size_px, image.shape[0]), Image.Resampling.BILINEAR)
+    return np.asarray(wide.resize((size_px, size_px), Image.Resampling.BILINEAR), np.float32)
 
 
 @pytest.mark.filterwarnings("ignore:'mode' parameter is deprecated")
@@ -33,8 +34,9 @@ def test_it_computes_what_pillow_computes(height, width, size_px, channels):
     image = noise(height, width, channels)
     ours = AdaptImage(size_px)(image[None]).numpy()
     assert ours.shape == (1, size_px, size_px, 3) and ours.dtype == np.float32
-    # Pillow also rounds once more where it lays alpha over white.
-    assert np.abs(ours[0] - pillow(image, size_px)).max() <= LEVELS + 0.5 * (channels in (2, 4))
+    off = np.abs(ours[0] - pillow(image, size_px))
+    share = 0.02 if channels in (2, 4) else 0 if (height, width, size_px) in PLAIN else ONE_LEVEL_OFF
+    assert off.max() <= 1 and (off > 0).mean() <= share
 
 
 @pytest.mark.parametrize("dtype", ["uint8", "float32", "int32"])
@@ -103,4 +105,5 @@ def test_a_float16_policy_does_not_coarsen_the_pixels():
     image = noise(50, 61, 3)
     out = layer(image[None])
     assert out.dtype == tf.float32
-    assert np.abs(out.numpy()[0] - pillow(image, 16)).max() <= LEVELS
+    off = np.abs(out.numpy()[0] - pillow(image, 16))
+    assert off.max() <= 1 and (off > 0).mean() <= ONE_LEVEL_OFF

@@ -162,6 +162,7 @@ def test_fine_tuning_that_surely_wins_replaces_the_probe(tuned, small_digits):
 def test_what_won_is_fitted_again_on_everything(tuned):
     _, _, outcome, _, epochs = tuned
     assert outcome.selection["refit"] == "train and validation part"
+    assert "mirror" not in outcome.selection and outcome.cache["views"] == 1  # augment="none"
     assert {entry["stage"] for entry in outcome.history} == {"tune", "tune (refit)"}
     refit = [entry for entry in outcome.history if entry["stage"] == "tune (refit)"]
     assert all("val_loss" not in entry for entry in refit)  # there is nothing left to hold out
@@ -179,6 +180,7 @@ def test_the_share_of_the_blend_has_the_least_log_loss(tuned):
     assert -told.mean() == pytest.approx(losses[share], rel=1e-4)
 
 
+@pytest.mark.slow
 def test_the_held_out_probabilities_are_what_the_chosen_weights_gave_before_the_refit(data, monkeypatch):
     monkeypatch.setattr("tfxfer.train.tuning.Tuner._refit", lambda self, *arguments: None)
     model, outcome = run(data, PROBE, STRONG)
@@ -186,20 +188,29 @@ def test_the_held_out_probabilities_are_what_the_chosen_weights_gave_before_the_
     np.testing.assert_allclose(model.predict(data.parts[1], verbose=0), outcome.held_probabilities, atol=1e-4)
 
 
-@pytest.mark.parametrize(("depth", "state", "num"), [(1, "frozen", 5 + 8), (2, "affine", 10 + 2), (0, "train", 0)])
+@pytest.mark.parametrize(
+    ("depth", "state", "num"),
+    [
+        (2, "affine", 10 + 2),
+        pytest.param(1, "frozen", 5 + 8, marks=pytest.mark.slow),
+        pytest.param(0, "train", 0, marks=pytest.mark.slow),
+    ],
+)
 def test_what_is_frozen_is_proven_and_what_trains_is_not_claimed(data, depth, state, num):
     stage = dataclasses.replace(STRONG, freeze_depth=depth, batch_norm=state, epochs=1)
     model = norm_model(4)
     before = values(model)
-    model, outcome = run(data, PROBE, stage, model=model)
+    model, outcome = run(data, stage, model=model)
     audit = outcome.audit
+    assert outcome.chosen == "fine_tune"
     assert (audit["freeze_depth"], audit["num_variables"], audit["batch_norm"]) == (depth, num, state)
     assert audit["frozen_blocks"] == ["a_conv", "b_conv", "c_conv"][:depth]
     digests = digest_frozen(freeze(model, depth, batch_norm=state))
     assert len(digests) == num and not set(digests) & moved(before, model)
 
 
-def test_few_images_are_judged_in_folds_and_all_of_them(small_digits):
+def test_few_images_are_judged_in_folds_and_all_of_them(small_digits, monkeypatch):
+    monkeypatch.setattr(stages_module, "TUNING_FOLDS", 2)
     data = training_data(small_digits, 60, 30, may_pool=True)
     seen = []
     watch = keras.callbacks.LambdaCallback(on_epoch_begin=lambda epoch, logs: seen.append(epoch))
@@ -296,7 +307,8 @@ def test_ctrl_c_while_fine_tuning_keeps_the_probe(data):
 
 
 @pytest.mark.parametrize("may_pool", [False, True])
-def test_ctrl_c_while_fitting_again_keeps_what_held_out_images_had_chosen(small_digits, may_pool):
+def test_ctrl_c_while_fitting_again_keeps_what_held_out_images_had_chosen(small_digits, may_pool, monkeypatch):
+    monkeypatch.setattr(stages_module, "TUNING_FOLDS", 2)
     data = training_data(small_digits, 160, 120, may_pool=may_pool)
     progress, told = AtRefit(lambda: None), []
 
@@ -351,6 +363,7 @@ def test_adapted_statistics_get_a_probe_of_their_own(data):
     assert outcome.audit["bit_identical"] is True and outcome.audit["batch_norm"] == "adapt"
 
 
+@pytest.mark.slow
 def test_stages_follow_each_other_at_depths_and_states_of_their_own(data):
     first = dataclasses.replace(STRONG, name="top", freeze_depth=2, batch_norm="affine", epochs=2)
     second = dataclasses.replace(STRONG, name="more", freeze_depth="a_conv", batch_norm="frozen")
@@ -375,7 +388,7 @@ def test_a_skip_over_the_boundary_costs_speed_and_not_correctness(data):
 
 
 def test_without_a_probe_fine_tuning_is_all_there_is(data):
-    _, outcome = run(data, STRONG)
+    _, outcome = run(data, dataclasses.replace(STRONG, epochs=6))
     assert outcome.chosen == "fine_tune" and "fine_tune_against_probe" not in outcome.selection
     assert accuracy(outcome.held_probabilities, data.labels[data.held]) > 0.5
 
@@ -385,8 +398,6 @@ def test_mirrored_views_are_used_where_they_do_not_hurt(data):
     found = outcome.selection["mirror"]
     assert found["used"] == (found["log_loss_rise"] <= found["standard_error"])
     assert outcome.cache["views"] >= 2
-    _, outcome = run(data, PROBE, IDLE, augment="none")
-    assert "mirror" not in outcome.selection and outcome.cache["views"] == 1
 
 
 @pytest.mark.slow

@@ -7,6 +7,8 @@ import typer
 
 from tfxfer.cli.show import Live, print_json, quiet_libraries, stdout
 from tfxfer.cli.verify import table_of
+from tfxfer.exporters import EXPORTERS
+from tfxfer.registry import lookup
 
 NAME = "export"
 HELP = "Export a run again, and certify every artifact in its own runtime."
@@ -22,11 +24,14 @@ def run(
     from tfxfer.workflow.run import load_run
 
     found = load_run(run)
+    wanted = [name.strip() for name in formats.split(",") if name.strip()]
+    for name in wanted:  # before TensorFlow is imported
+        lookup(EXPORTERS, name, "export format")
     with Live() as progress:
         progress.phase("exporting and verifying")
         from tfxfer.workflow.api import export
 
-        certificates = export(found, out, formats=[name.strip() for name in formats.split(",") if name.strip()])
+        certificates = export(found, out, formats=wanted)
     if json:
         print_json([certificate.to_dict() for certificate in certificates])
     else:

@@ -88,6 +88,14 @@ def print_json(value: Any) -> None:
     sys.stdout.write("\n")
 
 
+def new_table(*columns: str, title: str | None = None, **options: Any) -> Table:
+    """A table whose cells wrap where they are too long: a name that is cut off is no name."""
+    table = Table(title=title, title_justify="left", **options)
+    for column in columns:
+        table.add_column(column, overflow="fold")
+    return table
+
+
 def interval(score: dict[str, float]) -> str:
     """A score with its interval, such as `0.857 (0.812 to 0.898)`."""
     return f"{score['value']:.3f} ({score['low']:.3f} to {score['high']:.3f})"
@@ -95,15 +103,13 @@ def interval(score: dict[str, float]) -> str:
 
 def print_scores(scores: dict[str, Any], title: str) -> None:
     """Scores with intervals, and a line a class."""
-    table = Table(title=title, title_justify="left")
-    table.add_column("score")
-    table.add_column("value (95 % interval)")
+    table = new_table("score", "value (95 % interval)", title=title)
     for name in ("accuracy", "macro_f1", "balanced_accuracy", "log_loss", "calibration_error"):
         table.add_row(name.replace("_", " "), interval(scores[name]))
     stdout.print(table)
-    classes = Table()
-    for column in ("class", "precision", "recall", "f1", "images"):
-        classes.add_column(column, justify="left" if column == "class" else "right")
+    classes = new_table("class")
+    for column in ("precision", "recall", "f1", "images"):
+        classes.add_column(column, justify="right")
     for row in scores["per_class"]:
         classes.add_row(row["name"], *(f"{row[key]:.3f}" for key in ("precision", "recall", "f1")), str(row["support"]))
     stdout.print(classes)
@@ -112,7 +118,7 @@ def print_scores(scores: dict[str, Any], title: str) -> None:
 
 def print_run(info: dict[str, Any], folder: Any) -> None:
     """The end of `train`: what came out and how sure we are."""
-    table = Table(title=f"{folder}", title_justify="left", show_header=False)
+    table = new_table("", "", title=f"{folder}", show_header=False)
     data, metrics = info["data"], info["metrics"]
     counts = {part: sum(classes.values()) for part, classes in data["counts"].items()}
     table.add_row("data", f"{len(data['classes'])} classes; " + ", ".join(f"{n} {part}" for part, n in counts.items()))

@@ -3,9 +3,8 @@
 from typing import Annotated
 
 import typer
-from rich.table import Table
 
-from tfxfer.cli.show import print_json, stdout
+from tfxfer.cli.show import new_table, print_json, stdout
 from tfxfer.sources.catalog import get_source, list_sources
 
 NAME = "sources"
@@ -22,16 +21,14 @@ def run(
         print_json(rows[0] if name else rows)
         return
     if name:
-        table = Table(title=name, title_justify="left", show_header=False)
+        table = new_table("", "", title=name, show_header=False)
         for key, value in cards[0].to_dict().items():
             table.add_row(
                 key, "\n".join(f"{k}: {v}" for k, v in value.items()) if isinstance(value, dict) else _text(value)
             )
         stdout.print(table)
         return
-    table = Table()
-    for column in ("name", "what", "input", "blocks", "licence"):
-        table.add_column(column)
+    table = new_table("name", "what", "input", "blocks", "licence")
     for card in cards:
         table.add_row(card.name, card.title, f"{card.image_size_px} px", str(len(card.blocks)), card.licence)
     stdout.print(table)

@@ -7,7 +7,8 @@ from typing import Annotated
 import typer
 from rich.table import Table
 
-from tfxfer.cli.show import Live, print_json, quiet_libraries, stdout
+from tfxfer.cli.show import Live, new_table, print_json, quiet_libraries, stdout
+from tfxfer.errors import CheckError
 from tfxfer.specs import Certificate
 
 NAME = "verify"
@@ -22,22 +23,29 @@ def run(
     json: Annotated[bool, typer.Option("--json", help="Print one JSON document.")] = False,
 ) -> None:
     quiet_libraries()
-    from tfxfer.exporters.verify import TOLERANCE, verify
+    from tfxfer.exporters.verify import TOLERANCE, CertificateError
+    from tfxfer.workflow.scoring import verify
 
-    with Live() as progress:
-        progress.phase("reopening the artifacts in their own runtimes")
-        certificates = verify(run, tolerance=TOLERANCE if tolerance is None else tolerance)
+    certificates: Sequence[Certificate] = ()
+    try:
+        with Live() as progress:
+            progress.phase("reopening the artifacts in their own runtimes")
+            certificates = verify(run, tolerance=TOLERANCE if tolerance is None else tolerance)
+    except CheckError as error:
+        if json:
+            found = error.certificates if isinstance(error, CertificateError) else ()
+            print_json({"passed": False, "problem": str(error), "certificates": [one.to_dict() for one in found]})
+        raise
     if json:
-        print_json([certificate.to_dict() for certificate in certificates])
+        print_json({"passed": True, "problem": "", "certificates": [one.to_dict() for one in certificates]})
     else:
         stdout.print(table_of(certificates, str(run)))
 
 
 def table_of(certificates: Sequence[Certificate], title: str) -> Table:
     """A row an artifact."""
-    table = Table(title=title, title_justify="left")
-    for column in ("artifact", "runtime", "images", "batches", "largest difference", "same first class", "verdict"):
-        table.add_column(column)
+    columns = ("artifact", "runtime", "images", "batches", "largest difference", "same first class", "verdict")
+    table = new_table(*columns, title=title)
     for c in certificates:
         table.add_row(
             c.path, c.runtime, str(c.num_images), ", ".join(map(str, c.batch_sizes)), f"{c.max_abs_difference:.1e}",

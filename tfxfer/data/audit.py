@@ -24,7 +24,6 @@ from tfxfer.runtime.images import (
 )
 
 _PATTERN_SIZE_PX = 160
-_LOOK_SIZE_PX = 64  # where nobody asked for pixels: enough for the look, and JPEGs come shrunk
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -69,12 +68,11 @@ def audit(
     small = np.empty((len(items), 32, 32, 3), np.uint8) if looks else None
     local: list[tuple[np.ndarray, np.ndarray] | None] = [None] * len(items)
     sides_px = np.zeros(len(items), np.int64)
-    smallest_px = max(size_px or _LOOK_SIZE_PX, _PATTERN_SIZE_PX if patterns else 1)
     pixels = None if size_px is None else allocate_pixels(len(items), size_px)
 
     def take(row: int) -> tuple[str, str]:
         try:
-            sha256, image = open_content(items[row].content, smallest_px)
+            sha256, image = open_content(items[row].content)
         except ImageError as error:
             return "", error.reason
         sides_px[row] = min(image.size)
@@ -110,8 +108,8 @@ def _stacked(pairs: Sequence[tuple[np.ndarray, np.ndarray] | None]) -> tuple[np.
     return (np.stack([pair[0] for pair in found]), np.stack([pair[1] for pair in found])) if found else None
 
 
-def open_content(content: Content, size_px: int | None) -> tuple[str, Image.Image]:
-    """The SHA-256 and the upright RGB picture of an item; a JPEG may come shrunk, not below twice `size_px`.
+def open_content(content: Content) -> tuple[str, Image.Image]:
+    """The SHA-256 and the upright RGB picture of an item.
 
     Raises:
         ImageError: Where it cannot be decoded.
@@ -126,7 +124,7 @@ def open_content(content: Content, size_px: int | None) -> tuple[str, Image.Imag
     if isinstance(content, Path):
         content = read_bytes(content)
     if isinstance(content, bytes):
-        return sha256_of_bytes(content), open_rgb(content, size_px)
+        return sha256_of_bytes(content), open_rgb(content)
     array = np.asarray(content) if isinstance(content, Image.Image) else content
     digest = hashlib.sha256(f"{array.shape} {array.dtype}\0".encode())
     digest.update(np.ascontiguousarray(array).data)

@@ -200,7 +200,7 @@ def _decode(contents: tuple[Content, ...], size_px: int, on_progress: Progress |
     pixels = allocate_pixels(len(contents), size_px)
 
     def take(row: int) -> None:
-        pixels[row] = np.asarray(resize_square(open_content(contents[row], size_px)[1], size_px))
+        pixels[row] = np.asarray(resize_square(open_content(contents[row])[1], size_px))
 
     for done, _ in enumerate(map_threads(take, range(len(contents))), start=1):
         if on_progress is not None:

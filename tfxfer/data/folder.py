@@ -10,6 +10,9 @@ from tfxfer.errors import InputError
 from tfxfer.runtime.images import IMAGE_SUFFIXES
 
 _Rejected = tuple[str, str]
+_UNREAD_PICTURES = frozenset(
+    f".{name}" for name in ("arw", "cr2", "cr3", "dcm", "dng", "heic", "heif", "jp2", "jxl", "nef", "psd", "raw", "svg")
+)
 
 
 def reads(data: Any) -> bool:
@@ -50,9 +53,22 @@ def read(data: Any, class_names: Sequence[str] | None = None) -> Reading:
             rejected += refused
     if not items:
         raise InputError(_nothing_found(given, rejected))
+    _check_no_class_is_lost({item.label for item in items}, rejected)
     return Reading(
         root.name, tuple(items), order_of_classes({item.label for item in items}, class_names), tuple(rejected)
     )
+
+
+def _check_no_class_is_lost(classes: set[str], rejected: Sequence[_Rejected]) -> None:
+    """A folder of foreign files is no class; a folder of pictures that cannot be read would be one too few."""
+    for name, reason in rejected:
+        *folders, file = name.split("/")
+        label = next((folder for folder in folders if part_named(folder) is None), "")
+        if label not in classes and Path(file).suffix.lower() in _UNREAD_PICTURES:
+            raise InputError(
+                f"The folder {label} has pictures but none that can be read, as {name}: {reason}; convert them to JPEG "
+                "or PNG, or move the folder away."
+            )
 
 
 def _part_folders(root: Path) -> list[tuple[str | None, Path]]:

@@ -90,6 +90,18 @@ def order_of_classes(found: Iterable[str], wanted: Sequence[str] | None = None) 
     return tuple(wanted)
 
 
+def check_pattern(pattern: str) -> re.Pattern[str]:
+    """The compiled group expression.
+
+    Raises:
+        InputError: Where it is not a regular expression.
+    """
+    try:
+        return re.compile(pattern)
+    except re.error as error:
+        raise InputError(f"The group expression {pattern!r} is not a regular expression: {error}.") from None
+
+
 def with_groups(items: Sequence[Item], pattern: str) -> tuple[Item, ...]:
     """The items, each in the group that a regular expression finds in its id; unmatched ones stay as they are.
 
@@ -100,10 +112,7 @@ def with_groups(items: Sequence[Item], pattern: str) -> tuple[Item, ...]:
     Raises:
         InputError: Where the expression is not valid or matches no id at all.
     """
-    try:
-        regex = re.compile(pattern)
-    except re.error as error:
-        raise InputError(f"The group expression {pattern!r} is not a regular expression: {error}.") from None
+    regex = check_pattern(pattern)
     grouped = []
     num_matched = 0
     for item in items:

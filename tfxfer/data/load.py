@@ -133,6 +133,16 @@ def load_test_data(
     return dataset
 
 
+def look_over(data: Any) -> None:
+    """Refuse what `load_data` would refuse without decoding an image: no images, one class, a class of one image.
+
+    Raises:
+        InputError: As `load_data`.
+    """
+    reading = _read(data, None, True)
+    _check_classes(reading, reading.items, reading.rejected)
+
+
 def _read(data: Any, class_names: Sequence[str] | None, near_duplicates: bool | str) -> Reading:
     if near_duplicates not in (True, False, "turned"):
         raise InputError(f"near_duplicates must be True, False or 'turned', not {near_duplicates!r}.")

@@ -77,6 +77,13 @@ def read_record(folder: Path) -> dict[str, Any]:
     return record
 
 
+def exported_formats(folder: Path) -> tuple[str, ...]:
+    """The formats that an exports folder has a certificate for; none where it is no exports folder."""
+    if not (folder / CERTIFICATE_FILE).is_file():
+        return ()
+    return tuple(entry["format"] for entry in read_record(folder)["certificates"])
+
+
 def check_digests(folder: Path, record: Mapping[str, Any]) -> None:
     """Compare every file with its digest in certificate.json.
 

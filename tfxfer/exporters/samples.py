@@ -26,6 +26,7 @@ class Task:
         files: Array files in the folder of inputs: one with all images, or one a encoded file.
         count: Images fed.
         batch_size: Images a call.
+        made_up: Rows that are no real image, see `make_samples`.
     """
 
     name: str
@@ -33,6 +34,7 @@ class Task:
     files: tuple[str, ...]
     count: int
     batch_size: int
+    made_up: tuple[int, ...] = ()
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -42,8 +44,8 @@ class Samples:
     Attributes:
         images: (n, S, S, 3) uint8, real images of the model's own size.
         labels: (n,) int64.
-        others: Images (H, W, 3) uint8 of other sizes.
-        encoded: Encoded files, whose pixels `decoded` are what Pillow reads from them.
+        others: Images (H, W, 3) uint8 of other sizes; the last is made up.
+        encoded: Encoded files, whose pixels `decoded` are what Pillow reads from them; the last is made up.
     """
 
     images: np.ndarray
@@ -65,12 +67,13 @@ class Samples:
         ]
         for index, image in enumerate(self.others):
             np.save(folder / f"other_{index}.npy", image[None])
-            tasks.append(Task(f"other_{index}", "images", (f"other_{index}.npy",), 1, 1))
+            made_up = (0,) if index == len(self.others) - 1 else ()
+            tasks.append(Task(f"other_{index}", "images", (f"other_{index}.npy",), 1, 1, made_up))
         for index, content in enumerate(self.encoded):
             np.save(folder / f"encoded_{index}.npy", np.frombuffer(content, np.uint8))
         files = tuple(f"encoded_{index}.npy" for index in range(len(self.encoded)))
         for size in sorted({1, len(files)} - {0}) if files else ():
-            tasks.append(Task(f"bytes_{size}", "bytes", files, len(files), size))
+            tasks.append(Task(f"bytes_{size}", "bytes", files, len(files), size, (len(files) - 1,)))
         if test_images is not None:
             np.save(folder / "test.npy", test_images)
             tasks.append(Task("test", "images", ("test.npy",), len(test_images), TEST_BATCH))
@@ -135,8 +138,13 @@ def _encode(pixels: np.ndarray, file_format: str, **options: Any) -> bytes:
     return buffer.getvalue()
 
 
-def write_samples(path: Path, samples: Samples, expected: Expected) -> None:
-    """Write samples.npz: images, labels, probabilities, and other_I, encoded_I with their probabilities."""
+def write_samples(path: Path, samples: Samples, expected: Expected | None = None) -> None:
+    """Write samples.npz: images, labels, probabilities, and other_I, encoded_I with their probabilities.
+
+    Without `expected` the probabilities have no columns: images to export with, not a proof.
+    """
+    if expected is None:
+        expected = Expected(*(np.zeros((len(x), 0)) for x in (samples.images, samples.others, samples.encoded)))
     arrays = {
         "images": samples.images,
         "labels": samples.labels,

@@ -84,7 +84,7 @@ def _decode(content: tf.Tensor) -> tf.Tensor:
     def other():
         pixels = tf.cast(tf.io.decode_png(content, channels=4), tf.float32)
         alpha = pixels[..., 3:] / 255.0
-        return pixels[..., :3] * alpha + 255.0 * (1.0 - alpha)
+        return tf.floor(pixels[..., :3] * alpha + 255.0 * (1.0 - alpha) + 0.5)
 
     pixels = tf.cond(tf.io.is_jpeg(content), jpeg, other)
     pixels.set_shape((None, None, 3))

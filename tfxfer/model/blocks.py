@@ -4,7 +4,7 @@ import keras
 
 from tfxfer.errors import InputError
 from tfxfer.sources.catalog import list_sources
-from tfxfer.specs import Block
+from tfxfer.specs import Block, depth_of
 
 
 def backbone_of(model: keras.Model) -> keras.Model:
@@ -70,32 +70,10 @@ def _by_weights(layers):
 
 
 def resolve_depth(blocks: tuple[Block, ...], depth: int | str) -> int:
-    """The number of leading blocks that `depth` names.
-
-    Args:
-        blocks: Of `list_blocks`.
-        depth: A count in 0..len(blocks), "all", or a block's name (inclusive). A string of digits is a count.
-
-    Raises:
-        InputError: Where the count is out of range or no block has that name.
+    """The number of leading blocks that `depth` names; see `tfxfer.specs.depth_of`.
 
     Example:
         >>> resolve_depth((Block("stem", ("stem",), 1), Block("top", ("top",), 1)), "stem")
         1
     """
-    names = [block.name for block in blocks]
-    if depth == "all":
-        return len(blocks)
-    if isinstance(depth, str) and depth in names:
-        return names.index(depth) + 1
-    try:
-        count = int(depth)
-    except ValueError:
-        raise InputError(
-            f"No block is named {depth!r}; a freeze depth is 0 to {len(blocks)}, 'all', or one of {', '.join(names)}."
-        ) from None
-    if isinstance(depth, bool) or count != float(depth) or not 0 <= count <= len(blocks):
-        raise InputError(
-            f"Freeze depth {depth} is out of range: there are {len(blocks)} blocks; give 0 to {len(blocks)}, or all."
-        )
-    return count
+    return depth_of([block.name for block in blocks], depth)

@@ -117,6 +117,11 @@ def digest_frozen(model: keras.Model) -> dict[str, str]:
     return {path: _digest(variable) for path, variable in frozen_variables(model).items()}
 
 
+def digest_backbone(model: keras.Model) -> dict[str, str]:
+    """As `digest_frozen`, of every variable of the backbone: what must hold where only the head was trained."""
+    return {v.path: _digest(v) for v in backbone_of(model).weights}
+
+
 def audit_frozen(model: keras.Model, before: dict[str, str]) -> dict:
     """Prove that what was frozen is bit-identical to what it was.
 

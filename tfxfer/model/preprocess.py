@@ -9,9 +9,10 @@ class AdaptImage(keras.layers.Layer):
     """Turn images of any size and 1 to 4 channels into float32 RGB of one size.
 
     Grey is repeated to three channels; alpha is laid over white; the resize is bilinear with a triangle filter
-    that widens when shrinking. That is what Pillow's `Image.resize(..., BILINEAR)` computes, so an image resized
-    by the data pipeline and one resized here agree to the rounding of uint8 (`layers.Resizing` does not: without
-    antialiasing it sees other pixels, with it the ONNX export does not run, and it leaks training mode).
+    that widens when shrinking, in two passes that round to whole levels. That is what Pillow's
+    `Image.resize(..., BILINEAR)` computes, to the same level but for a few pixels in a million, so it does not matter
+    whether the data pipeline, a client or the graph resizes (rounded once less, probabilities moved by up to 0.16;
+    `layers.Resizing` without antialiasing sees other pixels, with it its ONNX export does not run).
 
     Args:
         size_px: Side of the square output, in pixels.
@@ -49,13 +50,11 @@ class AdaptImage(keras.layers.Layer):
         if height == self.size_px and width == self.size_px:
             return x
         shape = ops.shape(x)
-        rows = _triangle_weights(shape[1], self.size_px)
-        columns = _triangle_weights(shape[2], self.size_px)
-        # (S, H) x (N, H, W*3), then (S, W) x (N*S, W, 3): two plain matrix products that every runtime has.
-        x = ops.reshape(x, (shape[0], shape[1], shape[2] * 3))
-        x = ops.matmul(rows, x)
-        x = ops.reshape(x, (shape[0] * self.size_px, shape[2], 3))
-        x = ops.matmul(columns, x)
+        # As Pillow: first along the width, (S, W) x (N*H, W, 3), then along the height, (S, H) x (N, H, S*3).
+        x = ops.reshape(x, (shape[0] * shape[1], shape[2], 3))
+        x = _weighted_levels(_triangle_weights(shape[2], self.size_px), x)
+        x = ops.reshape(x, (shape[0], shape[1], self.size_px * 3))
+        x = _weighted_levels(_triangle_weights(shape[1], self.size_px), x)
         return ops.reshape(x, (shape[0], self.size_px, self.size_px, 3))
 
 
@@ -69,15 +68,30 @@ def _to_rgb(x):
     colour = ops.take(x, index, axis=-1)
     has_alpha = ops.cast((count == 2) | (count == 4), "float32")
     alpha = 1.0 - has_alpha + has_alpha * x[..., -1:] / 255.0
-    return colour * alpha + 255.0 * (1.0 - alpha)
+    laid = colour * alpha + 255.0 * (1.0 - alpha)
+    return laid + has_alpha * (ops.floor(laid + 0.5) - laid)
+
+
+# Pillow's weights are fractions of 2**22, its sums 30-bit integers. Halves of 11 bits each keep every product and sum
+# exact in float32 (and in TensorFloat-32), in whatever order a runtime adds, so that all runtimes see the same pixels.
+_HALF = 2.0**11
+
+
+def _weighted_levels(weights, x):
+    """Whole weights (S, L) of a 2**22th by whole levels (N, L, D), rounded to levels (N, S, D), halves upwards."""
+    high = ops.floor(weights / _HALF)
+    low = weights - high * _HALF
+    carried = ops.floor(ops.matmul(low, x) / _HALF)
+    return ops.clip(ops.floor((ops.matmul(high, x) + carried + _HALF / 2) / _HALF), 0.0, 255.0)
 
 
 def _triangle_weights(size_in, size_out: int):
-    """(size_out, size_in) matrix of an antialiased bilinear resize; rows sum to one."""
+    """(size_out, size_in) whole numbers: an antialiased bilinear resize in units of a 2**22th."""
     extent = ops.cast(size_in, "float32")
-    scale = extent / size_out
-    centre = (ops.arange(size_out, dtype="float32") + 0.5) * scale
-    support = ops.maximum(scale, 1.0)
-    pixel = ops.cast(ops.arange(size_in), "float32") + 0.5
-    weights = ops.maximum(1.0 - ops.abs(pixel[None, :] - centre[:, None]) / support, 0.0)
-    return weights / ops.sum(weights, axis=1, keepdims=True)
+    reach = 2.0 * ops.maximum(extent, size_out)
+    centre = (2.0 * ops.arange(size_out, dtype="float32") + 1.0) * extent
+    pixel = (2.0 * ops.cast(ops.arange(size_in), "float32") + 1.0) * size_out
+    # Distances in half a `size_in * size_out`th: whole numbers, so only the division below rounds.
+    weights = ops.maximum(reach - ops.abs(pixel[None, :] - centre[:, None]), 0.0)
+    share = weights / ops.sum(weights, axis=1, keepdims=True)
+    return ops.floor(share * _HALF**2 + 0.5)

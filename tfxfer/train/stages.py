@@ -10,7 +10,7 @@ from tfxfer.features.extract import Extracted, FrozenPrefix, extract, join_views
 from tfxfer.features.solvers import log_softmax
 from tfxfer.methods.probe import Probe, fit_probe, make_folds
 from tfxfer.model.blocks import list_blocks, resolve_depth
-from tfxfer.model.freeze import adapt_batch_norm, audit_frozen, digest_frozen, freeze
+from tfxfer.model.freeze import adapt_batch_norm, audit_frozen, digest_backbone, digest_frozen, freeze
 from tfxfer.runtime.progress import Progress
 from tfxfer.specs import Plan, Stage
 from tfxfer.train.clock import Clock
@@ -84,7 +84,7 @@ class _Loop:
             prefix = FrozenPrefix(cut)
             extracted = self._extract(prefix, "plain")
         self._features = extracted.features[0]
-        before = digest_frozen(self.model)
+        before, whole = digest_frozen(self.model), digest_backbone(self.model)
         if self.convex:
             self.probe = self._fit_probe(extracted)
             head = self.probe.head(self.data.all_rows)
@@ -102,12 +102,13 @@ class _Loop:
             except KeyboardInterrupt:
                 self.outcome.interrupted = True
         self.outcome.out_of_time = self.clock.expired()
+        depth = self.num_blocks if self.outcome.chosen == "probe" else self.depth
         self.outcome.audit = {
-            "freeze_depth": self.depth,
+            "freeze_depth": depth,
             "num_blocks": self.num_blocks,
-            "frozen_blocks": [block.name for block in list_blocks(self.model)[: self.depth]],
+            "frozen_blocks": [block.name for block in list_blocks(self.model)[:depth]],
             "batch_norm": self._batch_norm(),
-            **audit_frozen(self.model, before),
+            **audit_frozen(self.model, whole if self.outcome.chosen == "probe" else before),
         }
         return self.outcome
 

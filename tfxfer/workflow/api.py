@@ -9,6 +9,8 @@ import numpy as np
 
 from tfxfer.errors import InputError
 from tfxfer.exporters.certify import certify
+from tfxfer.exporters.layout import SAMPLES_FILE, exported_formats
+from tfxfer.exporters.samples import read_samples
 from tfxfer.runtime.progress import Progress
 from tfxfer.sources.catalog import list_sources
 from tfxfer.specs import Certificate, Recipe
@@ -124,7 +126,7 @@ def export(
     Args:
         run_or_model: A run, its folder, or a model of `build_model`, trained by whatever means.
         out: The exports folder; a run's own by default.
-        formats: "saved_model", "onnx".
+        formats: "saved_model", "onnx". Formats that a run's exports folder has already are exported anew beside them.
         samples: (n, S, S, 3) uint8 real images of the model's own size, needed for a model; a run has its own.
         class_names: K names, for a model.
         metadata: Facts to carry along, for a model.
@@ -151,30 +153,38 @@ def export(
             samples=samples,
             labels=labels,
         )
-    run = as_run(run_or_model)
-    kept = run.path / "exports" / "samples.npz"
+    return _export_run(as_run(run_or_model), out, formats, samples, metadata or {})
+
+
+def _export_run(run: Run, out, formats: Sequence[str], samples, metadata: dict[str, str]) -> list[Certificate]:
+    own = run.path / "exports"
+    others: tuple[np.ndarray, ...] = ()
     if samples is None:
-        if not kept.is_file():
-            raise InputError(f"{run.path} keeps no samples to verify with ({kept} is missing); give `samples`.")
-        samples, labels = _kept_samples(kept)
+        samples, labels, others = _kept_samples(run)
     else:
         labels = np.zeros(len(samples), np.int64)
-    info = run.info
-    return certify(
-        run.model, out or run.path / "exports", formats=formats, class_names=run.class_names,
+    target = Path(out) if out else own
+    present = exported_formats(own) if formats and target.resolve() == own.resolve() else ()
+    certificates = certify(
+        run.model, target, formats=[*formats, *(name for name in present if name not in formats)],
+        class_names=run.class_names,
         metadata={
-            "source": info["source"]["name"], "source_licence": info["source"]["licence"],
-            "data_fingerprint": info["data"]["fingerprint"], **(metadata or {}),
+            "source": run.info["source"]["name"], "source_licence": run.info["source"]["licence"],
+            "data_fingerprint": run.info["data"]["fingerprint"], **metadata,
         },
-        samples=samples, labels=labels,
+        samples=samples, labels=labels, other_size_samples=others,
     )  # fmt: skip
+    if target.resolve() == own.resolve():
+        (run.path / SAMPLES_FILE).unlink(missing_ok=True)  # exports/ has them now
+    return certificates
 
 
-def _kept_samples(path: Path) -> tuple[np.ndarray, np.ndarray]:
-    from tfxfer.exporters.samples import read_samples
-
-    samples, _ = read_samples(path)
-    return samples.images, samples.labels
+def _kept_samples(run: Run) -> tuple[np.ndarray, np.ndarray, tuple[np.ndarray, ...]]:
+    for path in (run.path / "exports" / SAMPLES_FILE, run.path / SAMPLES_FILE):
+        if path.is_file():
+            kept = read_samples(path)[0]
+            return kept.images, kept.labels, kept.others[:-1]  # the last is made up, and made again
+    raise InputError(f"{run.path} keeps no samples to verify with ({SAMPLES_FILE} is missing); give `samples`.")
 
 
 def _source_of(model: keras.Model) -> str:

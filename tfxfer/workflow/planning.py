@@ -5,9 +5,10 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from tfxfer.data.items import check_pattern
 from tfxfer.errors import InputError, did_you_mean
 from tfxfer.sources.catalog import check_image_size, get_source
-from tfxfer.specs import Plan, Recipe, read_toml
+from tfxfer.specs import Plan, Recipe, depth_of, read_toml
 from tfxfer.train.recipes import get_recipe
 
 DEFAULT_SOURCE = "efficientnet_lite0_imagenet"
@@ -29,6 +30,8 @@ def make_plan(config: str | Path | None = None, **given: Any) -> Plan:
     stage = {key: given.pop(key) for key in STAGE_KEYS if key in given}
     if stage and given.get("method") == "probe":
         raise InputError(f"Method 'probe' has no fine-tuning, so {' and '.join(stage)} would do nothing; drop it.")
+    if given.get("method") == "probe" and "dropout" in given:
+        raise InputError("Method 'probe' has no fine-tuning, so dropout would do nothing; drop it.")
     values: dict[str, Any] = read_toml(Path(config)) if config else {}
     known = [field.name for field in dataclasses.fields(Plan)]
     for key in values:
@@ -44,7 +47,13 @@ def make_plan(config: str | Path | None = None, **given: Any) -> Plan:
         check_image_size(card, values["image_size"])
     recipe = values.get("recipe", "auto")
     values["recipe"] = _with_stage_values(_as_recipe(recipe), stage, own=isinstance(given.get("recipe"), Recipe))
-    return Plan.from_dict(values)
+    plan = Plan.from_dict(values)
+    for each in plan.recipe.stages if card.blocks else ():
+        if each.freeze_depth != "auto":
+            depth_of(card.blocks, each.freeze_depth)
+    if plan.group_by:
+        check_pattern(plan.group_by)
+    return plan
 
 
 def _as_recipe(recipe: Any) -> Recipe:

@@ -9,12 +9,16 @@ from typing import Any
 import numpy as np
 
 from tfxfer.data import load_test_data
-from tfxfer.errors import InputError
+from tfxfer.errors import CheckError, InputError
+from tfxfer.exporters.verify import TOLERANCE
+from tfxfer.exporters.verify import verify as verify_exports
 from tfxfer.metrics import score
+from tfxfer.runtime.files import sha256_of_file
 from tfxfer.runtime.images import IMAGE_SUFFIXES, ImageError, decode_image
 from tfxfer.runtime.progress import Progress
 from tfxfer.sources.catalog import class_names_of, get_source
-from tfxfer.workflow.run import Run, as_run, load_run, predict_with_keras
+from tfxfer.specs import Certificate
+from tfxfer.workflow.run import MODEL_FILE, RUN_FILE, Run, as_run, load_run, predict_with_keras
 
 
 class SeenImagesWarning(UserWarning):
@@ -72,6 +76,28 @@ def evaluate(
         "num_images_trained_on": seen,
         "quarantined": [{"path": path, "reason": reason} for path, reason in found.quarantined],
     }
+
+
+def verify(path: Path | str, *, tolerance: float = TOLERANCE) -> list[Certificate]:
+    """Prove again that a run is what was certified; `tfxfer.exporters.verify.verify`, and model.keras by its digest.
+
+    Args:
+        path: A run folder, or an exports folder.
+        tolerance: Largest absolute difference of a probability, default 1e-4.
+
+    Returns:
+        A fresh certificate for each artifact, all passed.
+
+    Raises:
+        InputError: Where there is no certificate to verify.
+        CheckError: Where a file was changed, or an artifact does not compute what the model computed.
+    """
+    path = Path(path)
+    if (path / RUN_FILE).is_file():
+        digest = load_run(path).info.get("model", {}).get("sha256")
+        if digest and (not (path / MODEL_FILE).is_file() or sha256_of_file(path / MODEL_FILE) != digest):
+            raise CheckError(f"{path / MODEL_FILE} is not the model that the run recorded; train or copy it again.")
+    return verify_exports(path, tolerance=tolerance)
 
 
 def predict(run: Run | str | Path, images: np.ndarray | Sequence, *, top_k: int | None = None) -> Any:

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from tfxfer.data import Dataset, load_data
+from tfxfer.data.load import look_over
 from tfxfer.errors import InputError
 from tfxfer.runtime.progress import Progress
 from tfxfer.specs import Plan
@@ -37,6 +38,9 @@ def train_early(data: Path, plan: Plan, *, out: str | Path | None, split: str | 
     folder = new_run_folder(out, Path(data).name)
     if not Path(data).exists():  # nothing to wait for an import for
         raise InputError(f"There is no folder or CSV file {data}; give the one that holds the images.")
+    look_over(data)
+    if split is not None and not Path(split).is_file():
+        raise InputError(f"There is no split file {split}; give the split.csv of a run, or drop --split.")
     importer = threading.Thread(target=_import_quietly, daemon=True)
     importer.start()
     try:

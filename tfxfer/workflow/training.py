@@ -16,6 +16,8 @@ from tfxfer.data.audit import open_content
 from tfxfer.errors import InputError, Interrupted
 from tfxfer.exporters import EXPORTERS
 from tfxfer.exporters.certify import certify
+from tfxfer.exporters.layout import SAMPLES_FILE
+from tfxfer.exporters.samples import Samples, make_samples, write_samples
 from tfxfer.methods import METHODS
 from tfxfer.metrics import SplitMismatchWarning, score, split_warning
 from tfxfer.model.blocks import list_blocks, resolve_depth
@@ -83,6 +85,9 @@ class _Job:
             if not (self.folder / MODEL_FILE).exists() and (self.folder / "config.toml").exists():
                 shutil.rmtree(self.folder, ignore_errors=True)  # nothing was trained: the name is free again
             raise
+        finally:
+            if (self.folder / MODEL_FILE).exists() and not (self.folder / "exports").exists():
+                write_samples(self.folder / SAMPLES_FILE, self._samples())  # so that `tfxfer export` can make up for it
 
     def _run(self) -> Run:
         model = self._build()
@@ -226,10 +231,16 @@ class _Job:
             warnings.warn(warning, SplitMismatchWarning, stacklevel=2)
         return probabilities
 
+    def _samples(self) -> Samples:
+        test = self.dataset.part("test")
+        rows = np.random.default_rng(self.plan.seed).permutation(len(test))[:NUM_SAMPLES]
+        pixels = self.dataset.pixels("test", self.plan.image_size)[rows]
+        return make_samples(pixels, test.labels[rows], _other_sizes(test, rows, self.plan.image_size))
+
     def _export(self, model, probabilities: np.ndarray) -> None:
         test = self.dataset.part("test")
         pixels = self.dataset.pixels("test", self.plan.image_size)
-        rows = np.random.default_rng(self.plan.seed).permutation(len(test))[:NUM_SAMPLES]
+        samples = self._samples()
         self.progress.phase("exporting and verifying")
         with self._timed("export_and_verify"):
             certificates = certify(
@@ -238,8 +249,7 @@ class _Job:
                     "source": self.card.name, "source_licence": self.card.licence,
                     "data_fingerprint": self.dataset.fingerprint,
                 },
-                samples=pixels[rows], labels=test.labels[rows],
-                other_size_samples=_other_sizes(test, rows, self.plan.image_size),
+                samples=samples.images, labels=samples.labels, other_size_samples=samples.others[:-1],
                 test_images=pixels, test_labels=test.labels, test_probabilities=probabilities,
             )  # fmt: skip
         self.info["certificates"] = [certificate.to_dict() for certificate in certificates]
@@ -328,7 +338,7 @@ def _other_sizes(test, rows, size_px: int) -> list[np.ndarray]:
     """A few test images in sizes that are not the model's: the files as they are, or made smaller and larger."""
     found = []
     for index, row in enumerate(rows[:4]):
-        image = np.asarray(open_content(test.contents[row], None)[1])
+        image = np.asarray(open_content(test.contents[row])[1])
         if image.shape[:2] == (size_px, size_px):
             image = resize_image(image, size_px + (index - 1) * max(size_px // 5, 1))
         found.append(np.ascontiguousarray(image[:1024, :1024]))
