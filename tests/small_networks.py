@@ -34,9 +34,9 @@ def skip_backbone() -> keras.Model:
     """Three convolutions; the first also feeds the sum behind the third, so two tensors cross behind the second."""
     keras.utils.set_random_seed(1)
     inputs = keras.Input((SIZE_PX, SIZE_PX, 3))
-    first = keras.layers.Conv2D(4, 3, padding="same", activation="relu", name="first")(inputs)
-    second = keras.layers.Conv2D(4, 3, padding="same", activation="relu", name="second")(first)
-    third = keras.layers.Conv2D(4, 3, padding="same", name="third")(second)
+    first = keras.layers.Conv2D(4, 3, padding="same", activation="relu", name="block_1")(inputs)
+    second = keras.layers.Conv2D(4, 3, padding="same", activation="relu", name="block_2")(first)
+    third = keras.layers.Conv2D(4, 3, padding="same", name="block_3")(second)
     x = keras.layers.Add(name="sum")([first, third])
     return keras.Model(inputs, keras.layers.GlobalAveragePooling2D(name="pool")(x), name="skip_backbone")
 

@@ -1,6 +1,7 @@
 """The words of tfxfer as frozen dataclasses: Source, Stage, Recipe, Plan, Block, Certificate. Plain data only."""
 
 import dataclasses
+import re
 import tomllib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -49,7 +50,7 @@ _TYPES: dict[Any, tuple[tuple[type, ...], str]] = {
     int: ((int,), "a whole number"),
     float: ((int, float), "a number"),
     str: ((str,), "text"),
-    int | str: ((int, str), "a whole number or text"),
+    int | float | str: ((int, float, str), "a number or text"),
     str | tuple[str, ...]: ((str, list, tuple), "text or a list of texts"),
 }
 
@@ -90,12 +91,25 @@ class Block(Spec):
     num_parameters: int
 
 
-def depth_of(names: Sequence[str], depth: int | str) -> int:
+def compiled(depth: str) -> re.Pattern:
+    """The regular expression of a freeze depth "re:PATTERN".
+
+    Raises:
+        InputError: Where it is none.
+    """
+    try:
+        return re.compile(depth.removeprefix("re:"))
+    except re.error as error:
+        raise InputError(f"The freeze pattern {depth!r} is not a regular expression: {error}.") from None
+
+
+def depth_of(names: Sequence[str], depth: int | float | str) -> int:
     """The number of leading blocks that `depth` names.
 
     Args:
         names: Of all blocks, from the input to the head.
-        depth: A count in 0..len(names), "all", or a block's name (inclusive). A string of digits is a count.
+        depth: A count in 0..len(names); a share of the blocks strictly between 0 and 1, rounded to whole blocks; "all";
+            or a block's name (inclusive). Strings of numbers are numbers.
 
     Raises:
         InputError: Where the count is out of range or no block has that name.
@@ -103,6 +117,8 @@ def depth_of(names: Sequence[str], depth: int | str) -> int:
     Example:
         >>> depth_of(["stem", "block_1", "top"], "block_1"), depth_of(["stem", "block_1", "top"], "all")
         (2, 3)
+        >>> depth_of(["stem", "block_1", "block_2", "top"], 0.5)
+        2
     """
     names = list(names)
     if depth == "all":
@@ -110,26 +126,30 @@ def depth_of(names: Sequence[str], depth: int | str) -> int:
     if isinstance(depth, str) and depth in names:
         return names.index(depth) + 1
     try:
-        count = int(depth)
-    except ValueError:
+        number = float(depth)
+    except (TypeError, ValueError):
         raise InputError(
-            f"No block is named {depth!r}; a freeze depth is 0 to {len(names)}, 'all', or one of {', '.join(names)}."
+            f"No block is named {depth!r}; a freeze depth is 0 to {len(names)}, a share such as 0.7, 'all', "
+            f"'re:PATTERN', or one of {', '.join(names)}."
         ) from None
-    if isinstance(depth, bool) or count != float(depth) or not 0 <= count <= len(names):
+    if 0 < number < 1:
+        return round(number * len(names))
+    if isinstance(depth, bool) or not number.is_integer() or not 0 <= number <= len(names):
         raise InputError(
             f"Freeze depth {depth} is out of range: there are {len(names)} blocks; give 0 to {len(names)}, or all."
         )
-    return count
+    return int(number)
 
 
 @dataclasses.dataclass(frozen=True)
 class Source(Spec):
-    """A pretrained model that can be loaded by name: what its card says.
+    """A pretrained model that can be loaded: what its card in models/ says, or what was found out about a file.
 
     Attributes:
         name: As the user spells it.
         kind: The entry of `tfxfer.sources.KINDS` that loads it.
         title: One line for tables.
+        reference: What stands behind the prefix of the spelling: a path, a handle, the name of an architecture.
         architecture: The builder's name in `tfxfer.sources.builders.BUILDERS`.
         licence: SPDX identifier of the weights.
         paper: Authors, title, venue, year.
@@ -139,39 +159,52 @@ class Source(Spec):
         min_image_size_px: The smallest side that it takes.
         fixed_size: Whether it takes no other side (a Flatten inside).
         scale, offset: Per channel; the network sees `pixel * scale + offset` with pixels in 0..255.
-        blocks: Names of its blocks in order. A layer belongs to block B if it is named B or starts with `B_`.
-        fine_tune_depth: Number of leading blocks that recipe `auto` keeps frozen when it fine-tunes.
+        channel_order: "rgb", or "bgr": channels are turned round before scale and offset.
+        blocks: Names of its blocks in order. A layer belongs to block B if it is named B or starts with `B_`. Empty:
+            found in the network itself.
+        fine_tune_depth: Number of leading blocks that recipe `auto` keeps frozen when it fine-tunes; -1: the first
+            seven tenths.
         num_classes: Width of the original output.
         class_names: "imagenet", or the names.
-        features: Width of the backbone's output.
+        features: Width of the backbone's output; 0: seen when it is loaded.
+        num_parameters: Numbers in the weights of the backbone; 0: seen when it is loaded.
+        partial: Whether weights may be loaded in part.
+        trusted: Modules whose custom objects may be made: the user's own code.
     """
 
     what: ClassVar[str] = "source card"
     name: str
     kind: str
     title: str
-    architecture: str
     licence: str
-    paper: str
-    weights: Mapping[str, str]
     image_size_px: int
     min_image_size_px: int
-    scale: tuple[float, ...]
-    offset: tuple[float, ...]
-    blocks: tuple[str, ...]
-    num_classes: int
-    class_names: str | tuple[str, ...]
-    features: int
-    fine_tune_depth: int = 0
+    architecture: str = ""
+    reference: str = ""
+    paper: str = ""
+    weights: Mapping[str, str] = dataclasses.field(default_factory=dict)
+    scale: tuple[float, ...] = (1.0, 1.0, 1.0)
+    offset: tuple[float, ...] = (0.0, 0.0, 0.0)
+    channel_order: str = "rgb"
+    blocks: tuple[str, ...] = ()
+    num_classes: int = 0
+    class_names: str | tuple[str, ...] = ()
+    features: int = 0
+    num_parameters: int = 0
+    fine_tune_depth: int = -1
     fixed_size: bool = False
     url: str = ""
     notes: str = ""
+    partial: bool = False
+    trusted: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
-        if len(set(self.blocks)) != len(self.blocks) or not self.blocks:
+        if len(set(self.blocks)) != len(self.blocks):
             raise InputError(f"The card of {self.name!r} needs block names, each once.")
-        if not 0 <= self.fine_tune_depth <= len(self.blocks):
-            raise InputError(f"The card of {self.name!r}: fine_tune_depth must lie in 0..{len(self.blocks)}.")
+        if self.channel_order not in ("rgb", "bgr"):
+            raise InputError(f"The card of {self.name!r}: channel_order must be 'rgb' or 'bgr'.")
+        if not -1 <= self.fine_tune_depth <= (len(self.blocks) or self.fine_tune_depth):
+            raise InputError(f"The card of {self.name!r}: fine_tune_depth must lie in 0..{len(self.blocks)}, or be -1.")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -181,7 +214,8 @@ class Stage(Spec):
     Attributes:
         name: For logs and tables.
         solver: "convex" (regularised logistic head on frozen features, to its optimum) or "adamw".
-        freeze_depth: Leading blocks frozen: a count, a block name (inclusive), "all", or "auto" (the card's).
+        freeze_depth: Leading blocks frozen: a count, a share strictly between 0 and 1, a block name (inclusive), "all",
+            or "auto" (the card's); or "re:PATTERN", any blocks and layers with such names.
         epochs: Passes over the training part, at least 1; 0 for the convex solver.
         learning_rates: Peak rates measured from the highest down until one is no better; one value is used as it is.
         warmup_share: Share of the steps that the rate climbs; cosine to zero afterwards.
@@ -194,7 +228,7 @@ class Stage(Spec):
     what: ClassVar[str] = "stage"
     name: str
     solver: str = "adamw"
-    freeze_depth: int | str = "auto"
+    freeze_depth: int | float | str = "auto"
     epochs: int = 6
     learning_rates: tuple[float, ...] = (1e-4, 3e-4, 1e-3)
     warmup_share: float = 0.2
@@ -244,8 +278,12 @@ class Plan(Spec):
     """Everything about a training that a search may vary, and that `config.toml` keeps.
 
     Attributes:
-        source: Name of the source.
+        source: Name of the source, or another spelling of one, such as hub:PATH.
         recipe: The stages.
+        weights: File with the source's weights, where they are not its own; empty: its own.
+        input_range: What the source wants pixels scaled to, see `tfxfer.sources.ranges`; empty: what is known of it.
+        partial: Whether the source's weights may be loaded in part.
+        trust: Modules of the user's own code that custom objects in model files may come from.
         method: The entry of `tfxfer.methods.METHODS`.
         image_size: Side in pixels that images are resized to.
         dropout: Rate before the head while it is fine-tuned, in [0, 1).
@@ -279,6 +317,10 @@ class Plan(Spec):
     near_duplicates: str = "on"
     time_limit_seconds: float = 0.0
     num_seeds: int = 1
+    weights: str = ""
+    input_range: str = ""
+    partial: bool = False
+    trust: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         if isinstance(self.recipe, Mapping):

@@ -94,6 +94,20 @@ def test_the_verdict_in_one_line():
     assert describe_baseline({"verdict": "not asked"}) == "not compared (--no-baseline)"
 
 
+def test_a_dry_run_shows_what_would_be_frozen_and_reads_no_image(digits_folder, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    options = ("train", digits_folder, "--source", "digits_cnn", "--freeze", "re:conv2", "--dry-run")
+    found = json.loads(invoke(*options, "--json").stdout)
+    assert len(found["class_names"]) == 10
+    probe, tuned = found["stages"]
+    assert probe["num_trainable"] == 64 * 10 + 10
+    frozen = {layer["layer"] for layer in tuned["layers"] if not layer["num_trainable"]}
+    assert frozen == {"conv2"} and tuned["num_trainable"] == tuned["num_parameters"] - (32 * 64 * 9 + 64)
+    text = invoke(*options).stdout
+    assert "freeze re:conv2" in text and "18,496" in text
+    assert list(tmp_path.iterdir()) == []
+
+
 # -- with a run that is there --------------------------------------------------------------------------------------
 
 
@@ -210,7 +224,8 @@ def test_export_of_one_format_keeps_the_others(run_copy):
 
 def test_a_run_without_exports_can_be_exported_later(digits_folder, tmp_path, no_exports):
     out = tmp_path / "run"
-    assert invoke("train", digits_folder, "--source", "digits_cnn", "--method", "probe", "--no-baseline", "--out", out)
+    done = invoke("train", digits_folder, "--source", "digits_cnn", "--method", "probe", "--no-baseline", "--out", out)
+    assert done.exit_code == 0, done.stderr
     kept = out / "samples.npz"
     assert kept.is_file() and not (out / "exports").exists()
     found = invoke("export", out, "--formats", "onnx", "--json")
@@ -246,7 +261,7 @@ def test_a_negative_verdict_exits_with_1_and_keeps_the_complete_run(digits_folde
     assert run.info["status"] == "complete" and run.info["baseline"]["verdict"] == "negative"
     assert run.info["baseline"]["best"] in ("SVC on pixels", "logistic regression on pixels")
     for word in ("negative: accuracy", run.info["baseline"]["best"]):
-        assert word in " ".join(text.split())
+        assert word in " ".join(text.replace("│", " ").split())
     assert {path.name for path in out.iterdir()} >= {"run.json", "model.keras", "config.toml", "split.csv", "exports"}
     assert (out / "exports" / "model.onnx").is_file() and (out / "exports" / "certificate.json").is_file()
     # Progress went to stderr, line by line.
@@ -258,7 +273,7 @@ def test_no_baseline_says_so(digits_folder, tmp_path, tfxfer, no_exports):
     status, text, _ = tfxfer("train", digits_folder, *options, "--out", tmp_path / "run")
     assert status == 0 and "not compared (--no-baseline)" in text
     assert load_run(tmp_path / "run").info["baseline"]["verdict"] == "not asked"
-    assert "1 files, listed in run.json" in text
+    assert "1 file, listed in run.json" in text
     # The same again from the run's own config.
     status, text, _ = tfxfer(
         "train", digits_folder, "--config", tmp_path / "run" / "config.toml", "--out", tmp_path / "again", "--json"

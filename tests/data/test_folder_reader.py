@@ -216,7 +216,7 @@ def test_class_names_fix_the_label_order(tmp_path, make_classes):
     assert data.class_names == ("b", "a")
     part = data.part("train")
     assert all((id[0] == "b") == (label == 0) for id, label in zip(part.ids, part.labels, strict=True))
-    with pytest.raises(InputError, match="has a class 'b' that was not asked for"):
+    with pytest.raises(InputError, match="has a class 'b', which is not among those known here"):
         load_data(tmp_path / "data", class_names=("a", "c"))
     with pytest.raises(InputError, match="Class 'c' has no image"):
         load_data(tmp_path / "data", class_names=("a", "b", "c"))

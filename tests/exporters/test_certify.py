@@ -138,7 +138,7 @@ def test_an_exporter_that_raises_is_named_and_leaves_nothing(model, images, tmp_
         ({"formats": ()}, "at least one"),
         ({"formats": ("onnx", "onnx")}, "once"),
         ({"class_names": NAMES[:3]}, "3 class names were given for the 4 outputs"),
-        ({"samples": np.zeros((2, SIZE_PX, SIZE_PX, 3), np.float32)}, "must be uint8 RGB"),
+        ({"samples": np.zeros((2, SIZE_PX, SIZE_PX, 3), np.float32)}, "must be uint8 images"),
         ({"samples": np.zeros((64, 8, 8, 3), np.uint8)}, "8 x 8 pixels, and the model resizes to 24"),
         ({"labels": [0]}, "1 labels"),
         ({"test_images": np.zeros((2, SIZE_PX, SIZE_PX, 3), np.uint8)}, "test_labels"),

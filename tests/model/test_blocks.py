@@ -32,7 +32,7 @@ def test_where_there_is_no_card_each_layer_with_weights_but_batch_norm_begins_a_
     ]
     assert blocks[-1].layers[3:] == ("pool",)
     assert [block.num_parameters for block in blocks] == [27 * 4 + 4 * 4, 36 * 6 + 4 * 6, 54 * 5 + 4 * 5]
-    assert [block.name for block in list_blocks(skip_backbone())] == ["first", "second", "third"]
+    assert [block.name for block in list_blocks(skip_backbone())] == ["block_1", "block_2", "block_3"]
 
 
 def test_a_model_has_the_blocks_of_its_backbone():
@@ -71,13 +71,13 @@ def test_depth_is_a_count_a_name_or_all(depth, count):
     assert resolve_depth(THREE, depth) == count
 
 
-@pytest.mark.parametrize("depth", [-1, 4, "4", "-1", 1.5, True])
+@pytest.mark.parametrize("depth", [-1, 4, "4", "-1", 1.5, "1.5", True])
 def test_a_depth_out_of_range_is_refused(depth):
     with pytest.raises(InputError, match=r"out of range: there are 3 blocks; give 0 to 3, or all"):
         resolve_depth(THREE, depth)
 
 
-@pytest.mark.parametrize("depth", ["block_2", "ALL", "", "1.5"])
+@pytest.mark.parametrize("depth", ["block_2", "ALL", "", "1.5x"])
 def test_an_unknown_name_is_refused_with_the_names_there_are(depth):
     with pytest.raises(InputError, match=r"No block is named '.*'; .* one of stem, block_1, top"):
         resolve_depth(THREE, depth)

@@ -1,3 +1,5 @@
+import re
+
 import keras
 import numpy as np
 import pytest
@@ -11,7 +13,10 @@ from tfxfer.model.freeze import (
     digest_frozen,
     freeze,
     frozen_variables,
+    leading_blocks,
+    list_layers,
     unfreeze,
+    units_of,
 )
 from tfxfer.specs import BATCH_NORM_STATES
 
@@ -48,7 +53,7 @@ def test_the_leading_blocks_freeze_and_the_rest_trains(depth, count):
     assert trainable(model) == HEAD.union(*blocks[count:])
 
 
-@pytest.mark.parametrize("depth", [-1, 4, "4", "b_bn", 0.5])
+@pytest.mark.parametrize("depth", [-1, 4, "4", "b_bn", 1.5])
 def test_what_matches_no_block_is_refused_and_changes_nothing(depth):
     model = freeze(norm_model(), 1)
     before = trainable(model)
@@ -218,3 +223,78 @@ def test_one_step_with_a_card_s_blocks_leaves_everything_frozen_bit_identical():
 def test_the_head_s_names_do_not_matter():
     model = freeze(around(norm_backbone(), ["cat", "dog"]), "all")
     assert trainable(model) == HEAD
+
+
+# -- freezing by share, pattern and predicate ----------------------------------------------------------------------
+
+
+def frozen_layers(model) -> set[str]:
+    return {state.layer for state in list_layers(model) if not state.num_trainable}
+
+
+@pytest.mark.parametrize(
+    ("depth", "frozen"),
+    [
+        (0.34, {"a_conv", "a_bn"}),
+        (0.5, {"a_conv", "a_bn", "b_conv", "b_bn"}),  # 1.5 blocks round to 2
+        (re.compile("^b_"), {"b_conv", "b_bn"}),  # a gap: what lies before it trains
+        ("re:^[ac]_", {"a_conv", "a_bn", "c_conv", "c_bn"}),
+        ("re:b_conv", {"b_conv", "b_bn"}),  # the block's name is that of its first layer
+        ("re:c_bn$", {"c_bn"}),
+        (lambda layer: isinstance(layer, keras.layers.Conv2D), {"a_conv", "b_conv", "c_conv"}),
+    ],
+)
+def test_what_is_frozen_stays_and_all_else_moves(depth, frozen):
+    model = freeze(norm_model(), depth, batch_norm="train")
+    assert frozen_layers(model) == frozen
+    before = values(model)
+    model.compile("sgd", "sparse_categorical_crossentropy")
+    model.fit(pictures(8), np.arange(8) % 3, epochs=2, verbose=0)
+    still = {path.rpartition("/")[0].split("/")[-1] for path in set(before) - moved(before, model)}
+    assert still == frozen
+
+
+@pytest.mark.parametrize("depth", [re.compile("nothing"), "re:nothing", lambda layer: False])
+def test_what_matches_no_layer_is_refused(depth):
+    with pytest.raises(InputError, match=r"matches no layer of 'norm_backbone'"):
+        freeze(norm_model(), depth)
+
+
+def test_a_pattern_that_is_none_is_refused():
+    with pytest.raises(InputError, match=r"The freeze pattern 're:\(' is not a regular expression"):
+        freeze(norm_model(), "re:(")
+
+
+@pytest.mark.parametrize(("depth", "leading"), [(2, 2), ("re:^[ac]_", 1), ("re:^b_", 0), ("re:conv", 3), ("all", 3)])
+def test_only_leading_blocks_that_are_frozen_whole_can_be_computed_once(depth, leading):
+    assert leading_blocks(norm_model(), depth) == leading
+
+
+def test_layers_of_nested_models_are_frozen_one_by_one():
+    norm = keras.layers.BatchNormalization(name="bn")
+    tail = keras.Sequential([keras.Input((9,)), keras.layers.Dense(4, name="x"), norm, keras.layers.Dense(3, name="y")])
+    tail.name = "tail"
+    inputs = keras.Input((50,))
+    whole = keras.Model(inputs, tail(keras.layers.Dense(9, name="wide")(inputs)))
+    assert [name for name, _ in units_of(whole)] == ["wide", "tail/x", "tail/bn", "tail/y"]
+    freeze(whole, "re:tail/[xb]", batch_norm="train")
+    assert [layer.trainable for layer in tail.layers] == [False, False, True]
+    freeze(whole, 1, batch_norm="affine")
+    assert [layer.trainable for layer in tail.layers] == [True, False, True]
+    assert norm.gamma.trainable and not norm.moving_mean.trainable
+
+
+def test_a_copy_s_flags_are_its_own():
+    """The mistake of the classic tutorial: the source is frozen after the target was made from a copy of it."""
+    source = norm_backbone()
+    target = keras.models.clone_model(source)
+    source.trainable = False
+    assert target.trainable_variables and frozen_layers(target) == set()
+
+
+def test_the_listing_adds_up():
+    model = freeze(norm_model(), 1, batch_norm="affine")
+    states = {state.layer: state for state in list_layers(model)}
+    assert sum(state.num_parameters for state in states.values()) == model.count_params()
+    assert (states["b_bn"].block, states["b_bn"].num_parameters, states["b_bn"].num_trainable) == ("b_conv", 24, 12)
+    assert (states["logits"].block, states["logits"].num_trainable) == ("head", 18)

@@ -6,10 +6,18 @@ from PIL import Image
 
 from tfxfer.model.preprocess import AdaptImage
 
-# Weights are divided in float32 here and in float64 by Pillow, so some levels fall on the other side of a half.
-ONE_LEVEL_OFF = 0.005  # share of pixels; none where the ratio of sizes is a plain fraction
-SIZES = [(24, 24, 24), (96, 80, 32), (31, 50, 24), (17, 23, 40), (8, 64, 24), (200, 9, 33), (1, 1, 5), (300, 7, 64)]
-PLAIN = {(24, 24, 24), (96, 80, 32), (8, 64, 24), (1, 1, 5)}
+SIZES = [
+    (533, 400, 224),
+    (2050, 3000, 96),
+    (24, 24, 24),
+    (96, 80, 32),
+    (31, 50, 24),
+    (17, 23, 40),
+    (8, 64, 24),
+    (200, 9, 33),
+    (1, 1, 5),
+    (300, 7, 64),
+]
 
 
 def noise(height: int, width: int, channels: int, seed: int = 0) -> np.ndarray:
@@ -35,8 +43,8 @@ def test_it_computes_what_pillow_computes(height, width, size_px, channels):
     ours = AdaptImage(size_px)(image[None]).numpy()
     assert ours.shape == (1, size_px, size_px, 3) and ours.dtype == np.float32
     off = np.abs(ours[0] - pillow(image, size_px))
-    share = 0.02 if channels in (2, 4) else 0 if (height, width, size_px) in PLAIN else ONE_LEVEL_OFF
-    assert off.max() <= 1 and (off > 0).mean() <= share
+    # Pillow lays alpha over white in fixed point, off by one now and then.
+    assert off.max() <= (channels in (2, 4)) and (off > 0).mean() <= 0.02
 
 
 @pytest.mark.parametrize("dtype", ["uint8", "float32", "int32"])
@@ -106,4 +114,4 @@ def test_a_float16_policy_does_not_coarsen_the_pixels():
     out = layer(image[None])
     assert out.dtype == tf.float32
     off = np.abs(out.numpy()[0] - pillow(image, 16))
-    assert off.max() <= 1 and (off > 0).mean() <= ONE_LEVEL_OFF
+    assert off.max() == 0

@@ -5,7 +5,7 @@ import pytest
 from tfxfer.sources.builders import BUILDERS
 from tfxfer.sources.catalog import load_backbone
 
-PHOTO_NETS = ("efficientnet_lite0", "mobilenet_v2")
+PHOTO_NETS = ("efficientnet_lite0", "efficientnet_lite1", "efficientnet_lite2", "mobilenet_v2")
 
 
 def kernels(model):
@@ -39,6 +39,8 @@ def test_only_torch_padding_differs_between_the_two_networks_strides():
     }
     assert pads == {
         "efficientnet_lite0": [],
+        "efficientnet_lite1": [],
+        "efficientnet_lite2": [],
         "mobilenet_v2": ["stem_pad", "block_01_pad", "block_03_pad", "block_06_pad", "block_13_pad"],
     }
 

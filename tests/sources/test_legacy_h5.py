@@ -12,6 +12,7 @@ from tfxfer.errors import InputError
 from tfxfer.sources import legacy_h5
 from tfxfer.sources.catalog import get_source, load_backbone
 from tfxfer.sources.legacy_h5 import load_matching_weights, weights_path
+from tfxfer.sources.report import LayerReport
 
 DIGITS_H5 = weights_path("digits_cnn", "digits_cnn.h5")
 
@@ -56,7 +57,8 @@ def test_by_order_loads_a_rebuilt_network_whatever_its_names(saved):
     model, path = saved
     other = network(names=("x", "y", "z"))
     report = load_matching_weights(other, path)
-    assert report.loaded == ("x_conv", "x_depthwise", "x_bn", "y", "z") and report.complete
+    assert report.names("renamed") == ("x_conv", "x_depthwise", "x_bn", "y", "z") and report.complete
+    assert report.layers[0].detail == "from a_conv"
     assert all(
         np.array_equal(left, right) for left, right in zip(model.get_weights(), other.get_weights(), strict=True)
     )
@@ -77,11 +79,13 @@ def test_another_output_is_listed_and_left_as_it_was(saved):
     other = network(num_classes=2)
     before = other.get_layer("c").get_weights()
     report = load_matching_weights(other, path)
-    assert report.loaded == ("a_conv", "a_depthwise", "a_bn", "b") and not report.complete
+    assert report.names("matched") == ("a_conv", "a_depthwise", "a_bn", "b") and not report.complete
     difference = "kernel (8, 4), bias (4,) in the file; kernel (8, 2), bias (2,) in the model"
-    assert report.skipped == {"c": difference} and report.missing == report.unused == ()
-    assert str(report) == f"loaded: a_conv, a_depthwise, a_bn, b\nskipped: c: {difference}"
-    assert same(model, other, [(name, name) for name in report.loaded])
+    assert report.layers[4] == LayerReport("c", "differs", 18, difference) and len(report.layers) == 5
+    assert str(report) == (
+        f"{path}: 688 of 706 parameters (97.5 %) loaded: 4 layers matched, 1 differs\n  differs: c: {difference}"
+    )
+    assert same(model, other, [(name, name) for name in report.names("matched")])
     assert all(
         np.array_equal(left, right) for left, right in zip(before, other.get_layer("c").get_weights(), strict=True)
     )
@@ -91,10 +95,10 @@ def test_by_name_loads_what_has_the_name_and_lists_the_rest(saved):
     model, path = saved
     other = network(names=("a", "new", "c"))
     report = load_matching_weights(other, path, by="name")
-    assert report.loaded == ("a_conv", "a_depthwise", "a_bn", "c")
-    assert report.missing == ("new",) and report.unused == ("b",)
-    assert "missing in the file: new\nunused of the file: b" in str(report)
-    assert same(model, other, [(name, name) for name in report.loaded])
+    assert report.names("matched") == ("a_conv", "a_depthwise", "a_bn", "c")
+    assert report.names("missing") == ("new",) and report.names("unused") == ("b",)
+    assert "  missing: new\n  unused: b" in str(report)
+    assert same(model, other, [(name, name) for name in report.names("matched")])
 
 
 def test_variables_of_other_names_are_not_mixed_up(tmp_path):
@@ -117,14 +121,17 @@ def test_a_nested_model_loads_in_the_order_of_the_file_only(tmp_path):
     model = nested("inner")
     model.save(tmp_path / "nested.h5")
     other = nested("other")
-    assert load_matching_weights(other, tmp_path / "nested.h5").loaded == ("other", "out")
+    assert load_matching_weights(other, tmp_path / "nested.h5").names("matched", "renamed") == ("other", "out")
     assert all(
         np.array_equal(left, right) for left, right in zip(model.get_weights(), other.get_weights(), strict=True)
     )
     frozen = nested("frozen")
     frozen.get_layer("frozen").get_layer("one").trainable = False  # its arrays come last now: same shapes, other order
     report = load_matching_weights(frozen, tmp_path / "nested.h5")
-    assert report.loaded == ("out",) and report.skipped["frozen"].startswith("one/kernel (4, 4), one/bias (4,)")
+    assert report.names("matched", "renamed") == ("out",)
+    assert report.layers[0].state == "differs" and report.layers[0].detail.startswith(
+        "one/kernel (4, 4), one/bias (4,)"
+    )
 
 
 def test_the_depthwise_kernels_of_keras_2_are_known(saved, tmp_path):
@@ -148,7 +155,7 @@ def test_another_number_of_layers_is_refused_by_order(saved):
         InputError, match=r"has 5 layers with weights \(a_conv, .*\) and the model 1 \(a_conv\).* by='name'"
     ):
         load_matching_weights(short, path)
-    assert load_matching_weights(short, path, by="name").loaded == ("a_conv",)
+    assert load_matching_weights(short, path, by="name").names("matched") == ("a_conv",)
 
 
 def test_nothing_that_fits_is_an_error(saved):
@@ -188,7 +195,9 @@ def test_a_huge_declared_shape_and_foreign_files_are_not_read(saved, tmp_path):
             change(group, name, path)
         if change is _huge:
             report = load_matching_weights(model, hostile)
-            assert report.skipped == {"c": "bias (1099511627776,) in the file; bias (4,) in the model"}
+            (differing,) = (entry for entry in report.layers if entry.state == "differs")
+            assert differing.layer == "c"
+            assert differing.detail == "bias (1099511627776,) in the file; bias (4,) in the model"
             model.set_weights(before)
         else:
             with pytest.raises(InputError, match=r"is not what model.save"):

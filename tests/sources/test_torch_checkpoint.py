@@ -16,15 +16,9 @@ from tfxfer.errors import InputError
 from tfxfer.runtime.files import sha256_of_bytes
 from tfxfer.sources.builders import BUILDERS, TORCH_MODULES
 from tfxfer.sources.catalog import get_source, load_backbone
-from tfxfer.sources.torch_checkpoint import (
-    LAYOUT_VERSION,
-    MAGIC_NUMBER,
-    assign,
-    converted_weights,
-    read_checkpoint,
-    to_keras,
-    weights_path,
-)
+from tfxfer.sources.state_dict import assign, to_keras
+from tfxfer.sources.torch_checkpoint import LAYOUT_VERSION, converted_weights, weights_path
+from tfxfer.sources.torch_pickle import MAGIC_NUMBER, read_checkpoint
 
 LITE0 = get_source("efficientnet_lite0_imagenet")
 

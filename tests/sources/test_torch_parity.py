@@ -12,10 +12,10 @@ from make_references import REFERENCES, SIZES_PX, reference_images  # noqa: E402
 
 from tfxfer.sources.catalog import get_source, load_backbone  # noqa: E402
 
-NEEDED = {"efficientnet_lite0": "efficientnet_lite_pytorch", "mobilenet_v2": "torchvision"}
+NEEDED = {name: "torchvision" if name == "mobilenet_v2" else "efficientnet_lite_pytorch" for name in REFERENCES}
 
 
-@pytest.mark.parametrize("name", ["efficientnet_lite0_imagenet", "mobilenet_v2_imagenet"])
+@pytest.mark.parametrize("name", [f"{architecture}_imagenet" for architecture in sorted(REFERENCES)])
 def test_networks_agree_with_torch(name):
     source = get_source(name)
     pytest.importorskip(NEEDED[source.architecture])
@@ -36,7 +36,7 @@ def test_stored_references_are_what_torch_computes(architecture):
     pytest.importorskip(NEEDED[architecture])
     pytest.importorskip(get_source(f"{architecture}_imagenet").weights["package"])
     with np.load(Path(__file__).parent / f"reference_{architecture}.npz") as stored:
-        for size_px in SIZES_PX:
+        for size_px in SIZES_PX[architecture]:
             features, logits = REFERENCES[architecture](reference_images(size_px))
             np.testing.assert_allclose(stored[f"features_{size_px}"], features, rtol=0, atol=2e-5)
             np.testing.assert_allclose(stored[f"logits_{size_px}"], logits, rtol=0, atol=2e-5)

@@ -6,6 +6,7 @@ import pytest
 from PIL import Image
 from small_networks import SIZE_PX, around, moved, norm_model, skip_backbone, values
 
+from tfxfer.errors import InputError
 from tfxfer.features.cut import cut_model
 from tfxfer.features.extract import FrozenPrefix, extract
 from tfxfer.features.solvers import log_softmax
@@ -383,7 +384,7 @@ def test_a_skip_over_the_boundary_costs_speed_and_not_correctness(data):
     stage = dataclasses.replace(STRONG, freeze_depth=2, epochs=3)
     model, outcome = run(data, PROBE, stage, model=model)
     assert outcome.cache["activation_shape"] == [SIZE_PX, SIZE_PX, 4]  # cut behind the first block
-    assert (outcome.audit["freeze_depth"], outcome.audit["frozen_blocks"]) == (2, ["first", "second"])
+    assert (outcome.audit["freeze_depth"], outcome.audit["frozen_blocks"]) == (2, ["block_1", "block_2"])
     assert not {path for path in moved(before, model) if path.startswith(("first", "second"))}
 
 
@@ -414,3 +415,22 @@ def test_the_recipes_by_name():
     assert [stage.solver for stage in get_recipe("auto").stages] == ["convex", "adamw"]
     assert get_recipe("full").stages[1].freeze_depth == 0
     assert [stage.solver for stage in get_recipe("probe").stages] == ["convex"]
+
+
+def test_a_gap_in_the_middle_is_frozen_too_and_only_what_leads_is_computed_once(data):
+    model = norm_model(4)
+    before = values(model)
+    stage = dataclasses.replace(STRONG, freeze_depth="re:^[ac]_", epochs=1)
+    model, outcome = run(data, stage, model=model)
+    assert outcome.audit["freeze_depth"] == 1 and outcome.audit["freezing"] == ["re:^[ac]_"]
+    assert outcome.audit["bit_identical"] is True and outcome.audit["num_variables"] == 2 * 5 + 4
+    assert {path for path in moved(before, model) if path.endswith("kernel")} == {"b_conv/kernel", "logits/kernel"}
+
+
+def test_a_source_that_sees_no_difference_is_refused(data):
+    model = norm_model(4)
+    last = model.get_layer("norm_backbone").get_layer("c_bn")
+    gamma, beta, mean, variance = last.get_weights()
+    last.set_weights([gamma * 1e-9, np.abs(beta) + 1, mean, variance])
+    with pytest.raises(InputError, match="gives the same features for every image, up to rounding"):
+        run(data, PROBE, model=model)

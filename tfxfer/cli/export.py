@@ -16,8 +16,13 @@ HELP = "Export a run again, and certify every artifact in its own runtime."
 
 def run(
     run: Annotated[Path, typer.Argument(help="Folder of a run.")],
-    formats: Annotated[str, typer.Option(help="Comma-separated: saved_model, onnx.")] = "saved_model,onnx",
+    formats: Annotated[
+        str, typer.Option(help="Comma-separated: saved_model, onnx. Those that RUN/exports has already are made anew.")
+    ] = "saved_model,onnx",
     out: Annotated[Path | None, typer.Option(help="Folder for the artifacts; RUN/exports by default.")] = None,
+    samples: Annotated[
+        Path | None, typer.Option(help="Folder of real images to verify with, for a run that keeps none.")
+    ] = None,
     json: Annotated[bool, typer.Option("--json", help="Print one JSON document.")] = False,
 ) -> None:
     quiet_libraries()
@@ -31,7 +36,7 @@ def run(
         progress.phase("exporting and verifying")
         from tfxfer.workflow.api import export
 
-        certificates = export(found, out, formats=wanted)
+        certificates = export(found, out, formats=wanted, samples=samples)
     if json:
         print_json([certificate.to_dict() for certificate in certificates])
     else:

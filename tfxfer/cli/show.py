@@ -17,7 +17,7 @@ from rich.table import Table
 from tfxfer.runtime.progress import Progress
 
 stderr = Console(stderr=True, highlight=False)
-stdout = Console(highlight=False)
+stdout = Console(highlight=False, width=None if sys.stdout.isatty() else 120)  # piped output fits no terminal
 
 
 def quiet_libraries() -> None:
@@ -91,8 +91,8 @@ def print_json(value: Any) -> None:
 def new_table(*columns: str, title: str | None = None, **options: Any) -> Table:
     """A table whose cells wrap where they are too long: a name that is cut off is no name."""
     table = Table(title=title, title_justify="left", **options)
-    for column in columns:
-        table.add_column(column, overflow="fold")
+    for index, column in enumerate(columns):
+        table.add_column(column, overflow="fold", no_wrap=index == 0)
     return table
 
 
@@ -123,7 +123,7 @@ def print_run(info: dict[str, Any], folder: Any) -> None:
     counts = {part: sum(classes.values()) for part, classes in data["counts"].items()}
     table.add_row("data", f"{len(data['classes'])} classes; " + ", ".join(f"{n} {part}" for part, n in counts.items()))
     if data["quarantined"]:
-        table.add_row("quarantined", f"{len(data['quarantined'])} files, listed in run.json")
+        table.add_row("quarantined", f"{_counted(len(data['quarantined']), 'file')}, listed in run.json")
     told = {"leaks": "leaks", "conflicts": "conflicts", "near_duplicates_across_parts": "copies across parts"}
     for key, name in told.items():
         if data[key]:
@@ -134,7 +134,8 @@ def print_run(info: dict[str, Any], folder: Any) -> None:
     frozen = f"{audit['freeze_depth']} of {audit['num_blocks']} blocks, bit-identical after training"
     table.add_row("frozen", frozen if audit["freeze_depth"] else "nothing")
     for part, scores in metrics.items():
-        table.add_row(f"{part} accuracy", interval(scores["accuracy"]))
+        folds = " in folds" if scores.get("judged_on", "").startswith("folds") else ""
+        table.add_row(f"{part} accuracy{folds}", interval(scores["accuracy"]))
         table.add_row(f"{part} macro F1", interval(scores["macro_f1"]))
     for certificate in info.get("certificates", ()):
         table.add_row(
@@ -150,6 +151,28 @@ def print_run(info: dict[str, Any], folder: Any) -> None:
     stdout.print(table)
     for warning in info.get("warnings", ()):
         stdout.print(f"SplitMismatchWarning: {warning}")
+
+
+def print_freezing(found: dict[str, Any]) -> None:
+    """What `--dry-run` shows: a row a layer with weights, for each stage."""
+    for stage in found["stages"]:
+        stdout.print(
+            f"stage {stage['name']}: freeze {stage['freeze_depth']}, batch_norm {stage['batch_norm']}; "
+            f"{stage['num_trainable']:,} of {stage['num_parameters']:,} parameters train"
+        )
+        table = new_table("layer", "block")
+        for column in ("parameters", "train"):
+            table.add_column(column, justify="right")
+        for layer in stage["layers"]:
+            trains = layer["num_trainable"]
+            table.add_row(
+                layer["layer"], layer["block"], f"{layer['num_parameters']:,}", f"{trains:,}" if trains else "frozen"
+            )
+        stdout.print(table)
+
+
+def _counted(count: int, what: str) -> str:
+    return f"{count} {what}{'s' * (count != 1)}"
 
 
 def describe_baseline(baseline: dict[str, Any]) -> str:

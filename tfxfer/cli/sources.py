@@ -1,37 +1,63 @@
 """`tfxfer sources [NAME]`."""
 
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
-from tfxfer.cli.show import new_table, print_json, stdout
-from tfxfer.sources.catalog import get_source, list_sources
+from tfxfer.cli.show import new_table, print_json, quiet_libraries, stdout
+from tfxfer.sources.catalog import get_source, is_available, list_sources
 
 NAME = "sources"
-HELP = "List the pretrained sources, or show the card of one."
+HELP = "List the pretrained sources, or show the card and the blocks of one."
+ELSEWHERE = (
+    "Also: hub:PATH_OR_HANDLE, keras:NAME, kerashub:PRESET_OR_PATH, torch:ARCH with --weights, py:MODULE:FUNCTION, "
+    "run:PATH, and files ending in .keras or .h5."
+)
 
 
 def run(
-    name: Annotated[str | None, typer.Argument(help="Name of a source.")] = None,
+    name: Annotated[str | None, typer.Argument(help="Name of a source, or another spelling of one.")] = None,
+    weights: Annotated[str | None, typer.Option(help="File with its weights, where they are not its own.")] = None,
+    input_range: Annotated[str | None, typer.Option(help="What it wants pixels scaled to.")] = None,
     json: Annotated[bool, typer.Option("--json", help="Print one JSON document.")] = False,
 ) -> None:
-    cards = [get_source(name)] if name else list(list_sources())
-    if json:
-        rows = [card.to_dict() for card in cards]
-        print_json(rows[0] if name else rows)
-        return
     if name:
-        table = new_table("", "", title=name, show_header=False)
-        for key, value in cards[0].to_dict().items():
+        quiet_libraries()
+        from tfxfer.workflow.inspecting import describe_source
+
+        found = describe_source(get_source(name, weights=weights, input_range=input_range or ""))
+        print_json(found) if json else _print_card(name, found)
+        return
+    rows = [{**card.to_dict(), "available_offline": is_available(card)} for card in list_sources()]
+    if json:
+        print_json(rows)
+        return
+    table = new_table("name", "what", "kind", "parameters", "input", "blocks", "licence", "offline")
+    for row in rows:
+        table.add_row(
+            row["name"], row["title"], row["kind"], f"{row['num_parameters'] / 1e6:.2f} M",
+            f"{row['image_size_px']} px", str(len(row["blocks"])), row["licence"],
+            "yes" if row["available_offline"] else "no",
+        )  # fmt: skip
+    stdout.print(table)
+    stdout.print(ELSEWHERE)
+
+
+def _print_card(name: str, card: dict[str, Any]) -> None:
+    blocks = card.pop("blocks")
+    table = new_table("", "", title=name, show_header=False)
+    for key, value in card.items():
+        if value not in ("", [], {}):
             table.add_row(
                 key, "\n".join(f"{k}: {v}" for k, v in value.items()) if isinstance(value, dict) else _text(value)
             )
-        stdout.print(table)
-        return
-    table = new_table("name", "what", "input", "blocks", "licence")
-    for card in cards:
-        table.add_row(card.name, card.title, f"{card.image_size_px} px", str(len(card.blocks)), card.licence)
     stdout.print(table)
+    listed = new_table("block", "layers", "parameters", "in all")
+    total = 0
+    for block in blocks:
+        total += block["num_parameters"]
+        listed.add_row(block["name"], str(block["num_layers"]), f"{block['num_parameters']:,}", f"{total:,}")
+    stdout.print(listed)
 
 
 def _text(value: object) -> str:

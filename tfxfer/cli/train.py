@@ -5,7 +5,7 @@ from typing import Annotated, Any
 
 import typer
 
-from tfxfer.cli.show import Live, print_json, print_run, quiet_libraries
+from tfxfer.cli.show import Live, print_freezing, print_json, print_run, quiet_libraries
 from tfxfer.errors import InputError
 
 NAME = "train"
@@ -18,10 +18,26 @@ def run(
     data: Annotated[
         Path, typer.Argument(help="Folder of class folders (or of train/ test/ val/ that hold those), or a .csv.")
     ],
-    source: Annotated[str | None, Option(help="Name of the pretrained source; see `tfxfer sources`.")] = None,
+    source: Annotated[
+        str | None,
+        Option(help="Name of the pretrained source (see `tfxfer sources`), or hub:PATH, keras:NAME, FILE.h5 ..."),
+    ] = None,
+    weights: Annotated[Path | None, Option(help="File with the source's weights, where they are not its own.")] = None,
+    input_range: Annotated[
+        str | None, Option(help="What the source wants pixels scaled to: 0..255, 0..1, -1..1, imagenet or caffe.")
+    ] = None,
+    partial: Annotated[
+        bool, Option("--partial", help="Load weights in part where not all fit; the report says which.")
+    ] = False,
+    trust_custom_objects: Annotated[
+        list[str] | None, Option(help="Module of your own code that custom objects in a model file may come from.")
+    ] = None,
     recipe: Annotated[str | None, Option(help="auto, probe or full.")] = None,
     method: Annotated[str | None, Option(help="fine_tune, or probe (frozen features only).")] = None,
-    freeze: Annotated[str | None, Option(help="Leading blocks kept frozen: a number, a block's name, or all.")] = None,
+    freeze: Annotated[
+        str | None,
+        Option(help="Frozen: leading blocks by number, share (0.7), name or all; or re:PATTERN, any layers."),
+    ] = None,
     image_size: Annotated[int | None, Option(help="Side in pixels that images are resized to.")] = None,
     epochs: Annotated[int | None, Option(help="Epochs of fine-tuning.")] = None,
     batch_size: Annotated[int | None, Option(help="Images a step.")] = None,
@@ -46,6 +62,7 @@ def run(
     no_baseline: Annotated[bool, Option("--no-baseline", help="Skip the comparison with baselines.")] = False,
     seeds: Annotated[int | None, Option(help="Repeat both sides of the comparison so many times.")] = None,
     config: Annotated[Path | None, Option(help="A config.toml to start from; options win over it.")] = None,
+    dry_run: Annotated[bool, Option("--dry-run", help="Show what would be frozen, layer by layer, and stop.")] = False,
     print_config: Annotated[bool, Option("--print-config", help="Print the resolved config.toml and stop.")] = False,
     out: Annotated[Path | None, Option(help="Folder of the run; runs/DATA-N by default.")] = None,
     json: Annotated[bool, Option("--json", help="Print run.json on stdout instead of a table.")] = False,
@@ -59,8 +76,16 @@ def run(
         "dropout": dropout, "seed": seed, "val_fraction": val_fraction, "group_by": group_by,
         "near_duplicates": near_duplicates, "metric": metric,
         "time_limit_seconds": parse_seconds(time_limit), "baseline": "none" if no_baseline else baseline,
-        "num_seeds": seeds,
+        "num_seeds": seeds, "weights": None if weights is None else str(weights), "input_range": input_range,
+        "partial": partial or None, "trust": tuple(trust_custom_objects) if trust_custom_objects else None,
     }  # fmt: skip
+    if dry_run:
+        from tfxfer.workflow.inspecting import dry_run as look
+        from tfxfer.workflow.planning import make_plan
+
+        found = look(data, make_plan(config, None, **options))
+        print_json(found) if json else print_freezing(found)
+        return
     run_training(data, config, options, out=out, split=split, print_config=print_config, as_json=json)
 
 
@@ -70,7 +95,7 @@ def run_training(
     """Train and show the result; a negative verdict ends with exit status 1."""
     from tfxfer.workflow.planning import make_plan
 
-    plan = make_plan(config, **options)
+    plan = make_plan(config, None, **options)
     if print_config:
         import tomli_w
 

@@ -83,6 +83,11 @@ class Dataset:
     def __len__(self) -> int:
         return sum(map(len, self.parts.values()))
 
+    def __repr__(self) -> str:
+        parts = ", ".join(f"{len(part)} {name}" for name, part in self.parts.items())
+        told = f", {len(self.quarantined)} quarantined" if self.quarantined else ""
+        return f"<Dataset {self.name!r}: {self.num_classes} classes, {parts}{told}>"
+
     def part(self, name: str) -> Part:
         """The part of this name.
 

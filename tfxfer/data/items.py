@@ -86,7 +86,9 @@ def order_of_classes(found: Iterable[str], wanted: Sequence[str] | None = None) 
         return tuple(sorted(names, key=lambda name: (int(name), name) if numbers else (0, name)))
     for name in sorted(names):
         if name not in wanted:
-            raise InputError(f"The data has a class {name!r} that was not asked for. {did_you_mean(name, wanted)}")
+            raise InputError(
+                f"The data has a class {name!r}, which is not among those known here. {did_you_mean(name, wanted)}"
+            )
     return tuple(wanted)
 
 

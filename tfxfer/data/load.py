@@ -133,14 +133,18 @@ def load_test_data(
     return dataset
 
 
-def look_over(data: Any) -> None:
+def look_over(data: Any) -> tuple[str, ...]:
     """Refuse what `load_data` would refuse without decoding an image: no images, one class, a class of one image.
+
+    Returns:
+        The names of the classes in label order.
 
     Raises:
         InputError: As `load_data`.
     """
     reading = _read(data, None, True)
     _check_classes(reading, reading.items, reading.rejected)
+    return reading.class_names
 
 
 def _read(data: Any, class_names: Sequence[str] | None, near_duplicates: bool | str) -> Reading:

@@ -225,7 +225,7 @@ def _predict(model: keras.Model, samples: Samples, test: _TestPart | None) -> Ex
         for group in groups:
             yield from (batch.astype(np.float32) for batch in group)
 
-    spec = tf.TensorSpec((None, None, None, 3), tf.float32)
+    spec = tf.TensorSpec((None, None, None, samples.images.shape[-1]), tf.float32)
     data = tf.data.Dataset.from_generator(batches, output_signature=spec)
     data = data.apply(tf.data.experimental.assert_cardinality(sum(map(len, groups))))
     with _full_float32():

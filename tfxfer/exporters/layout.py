@@ -78,10 +78,11 @@ def read_record(folder: Path) -> dict[str, Any]:
 
 
 def exported_formats(folder: Path) -> tuple[str, ...]:
-    """The formats that an exports folder has a certificate for; none where it is no exports folder."""
-    if not (folder / CERTIFICATE_FILE).is_file():
+    """The formats that an exports folder has a certificate for; none where it has none, or a damaged one."""
+    try:
+        return tuple(entry["format"] for entry in read_record(folder)["certificates"])
+    except CheckError:
         return ()
-    return tuple(entry["format"] for entry in read_record(folder)["certificates"])
 
 
 def check_digests(folder: Path, record: Mapping[str, Any]) -> None:

@@ -9,7 +9,7 @@ import tensorflow as tf
 import tf2onnx
 
 from tfxfer import __version__
-from tfxfer.exporters.serving import facts, probabilities_of, quiet, servable
+from tfxfer.exporters.serving import channels_of, facts, probabilities_of, quiet, servable
 
 ARTIFACT = Path("model.onnx")
 OPSET = 18  # the highest that tf2onnx writes
@@ -38,24 +38,26 @@ def export_onnx(model: keras.Model, folder: Path, *, class_names: Sequence[str],
     def serve(images):
         return {"probabilities": probabilities_of(served, images)}
 
-    signature = [tf.TensorSpec((None, None, None, 3), tf.uint8, name="images")]
+    channels = channels_of(served)
+    signature = [tf.TensorSpec((None, None, None, channels), tf.uint8, name="images")]
     with quiet():
         function = tf.function(serve, autograph=False, input_signature=signature)
         proto, _ = tf2onnx.convert.from_function(function, input_signature=signature, opset=OPSET)
-    _name_shapes(proto.graph, len(class_names))
+    _name_shapes(proto.graph, len(class_names), channels)
     _add_classes(proto.graph, class_names)
     proto.producer_name, proto.producer_version = "tfxfer", __version__
-    onnx.helper.set_model_props(proto, facts(size_px, class_names, metadata))
+    onnx.helper.set_model_props(proto, facts(size_px, class_names, metadata, channels))
     target = Path(folder) / ARTIFACT
     target.parent.mkdir(parents=True, exist_ok=True)
     onnx.save_model(proto, str(target))
     return ARTIFACT
 
 
-def _name_shapes(graph: onnx.GraphProto, num_classes: int) -> None:
+def _name_shapes(graph: onnx.GraphProto, num_classes: int, channels: int) -> None:
     """Readable names for the free dimensions instead of unk__737."""
     values = {value.name: value for value in [*graph.input, *graph.output]}
-    for name, shape in {"images": ("batch", "height", "width", 3), "probabilities": ("batch", num_classes)}.items():
+    shapes = {"images": ("batch", "height", "width", channels), "probabilities": ("batch", num_classes)}
+    for name, shape in shapes.items():
         value = values[name]
         kind = value.type.tensor_type.elem_type
         value.CopyFrom(onnx.helper.make_tensor_value_info(name, kind, shape))

@@ -103,7 +103,7 @@ class Expected:
 
 
 def make_samples(images: np.ndarray, labels: np.ndarray, others: Sequence[np.ndarray]) -> Samples:
-    """Samples from real images, with two that are always there: a coloured one of another size, and encoded files.
+    """Samples from real images; added are a coloured one of another size, and encoded files of both.
 
     The coloured image shows a swap of channels even where all real images are grey. The JPEG keeps full colour
     resolution, so that its pixels do not depend on which library decodes it.
@@ -112,23 +112,28 @@ def make_samples(images: np.ndarray, labels: np.ndarray, others: Sequence[np.nda
         InputError: Where an array is not uint8 RGB images, or there are none.
     """
     images, labels = np.asarray(images), np.asarray(labels, np.int64)
+    channels = images.shape[-1] if images.ndim else 0
     for array, dims in [(images, 4), *((np.asarray(other), 3) for other in others)]:
-        if array.dtype != np.uint8 or array.ndim != dims or array.shape[-1] != 3 or 0 in array.shape:
+        if array.dtype != np.uint8 or array.ndim != dims or array.shape[-1] != channels or 0 in array.shape:
             raise InputError(
-                f"Samples for export must be uint8 RGB images with {dims} dimensions, not {array.dtype} of shape "
-                f"{array.shape}."
+                f"Samples for export must be uint8 images (height, width, channels) with {dims} dimensions, not "
+                f"{array.dtype} of shape {array.shape}."
             )
     if len(images) != len(labels):
         raise InputError(f"{len(images)} samples for export came with {len(labels)} labels.")
-    probe = _coloured(images.shape[1])
-    encoded = (_encode(images[0], "PNG"), _encode(probe, "JPEG", quality=95, subsampling=0))
+    probe = _coloured(images.shape[1], channels)
+    encoded: tuple[bytes, ...] = ()
+    if channels == 3:  # files of other channels are no signature of ours
+        jpeg = {"quality": 95, "subsampling": 0}
+        encoded = (_encode(images[0], "PNG"), _encode(images[-1], "JPEG", **jpeg), _encode(probe, "JPEG", **jpeg))
     return Samples(images, labels, (*map(np.asarray, others), probe), encoded)
 
 
-def _coloured(size_px: int) -> np.ndarray:
+def _coloured(size_px: int, channels: int) -> np.ndarray:
     height, width = size_px * 13 // 10 + 1, size_px * 7 // 10 + 3
     y, x = np.mgrid[:height, :width]
-    ramps = np.stack([30 + 190 * x / width, 220 - 190 * y / height, np.full(x.shape, 60.0)], axis=-1)
+    kinds = [30 + 190 * x / width, 220 - 190 * y / height, np.full(x.shape, 60.0)]
+    ramps = np.stack([kinds[channel % 3] for channel in range(channels)], axis=-1)
     return (ramps + np.random.default_rng(0).uniform(-25, 25, ramps.shape)).astype(np.uint8)
 
 

@@ -7,7 +7,7 @@ from pathlib import Path
 import keras
 import tensorflow as tf
 
-from tfxfer.exporters.serving import facts, probabilities_of, quiet, servable
+from tfxfer.exporters.serving import channels_of, facts, probabilities_of, quiet, servable
 from tfxfer.model.preprocess import AdaptImage
 
 ARTIFACT = Path("saved_model/1")  # TensorFlow Serving wants a folder of numbered versions
@@ -19,9 +19,10 @@ def export_saved_model(
 ) -> Path:
     """Write `folder/saved_model/1`.
 
-    Signatures: `serving_default` (images: uint8 (N, H, W, 3)) and `serve_bytes` (image_bytes: N encoded JPEG or PNG
-    files of any sizes), both to `probabilities` float32 (N, K) and `classes` string (N); and `metadata`, without an
-    input, to `class_names` string (K) and `metadata`, a JSON object, which also lies in assets.extra/metadata.json.
+    Signatures: `serving_default` (images: uint8 (N, H, W, C)) and, for images of three channels, `serve_bytes`
+    (image_bytes: N encoded JPEG or PNG files of any sizes), both to `probabilities` float32 (N, K) and `classes` string
+    (N); and `metadata`, without an input, to `class_names` string (K) and `metadata`, a JSON object, which also lies in
+    assets.extra/metadata.json.
 
     Args:
         model: Images (N, H, W, C) in 0..255 to probabilities (N, K).
@@ -36,9 +37,11 @@ def export_saved_model(
         InputError: Where the model's input is not an image.
     """
     served, size_px = servable(model)
-    about = facts(size_px, class_names, metadata)
+    about = facts(size_px, class_names, metadata, channels_of(served))
     module = tf.Module()
     module.weights = [variable.value for variable in served.variables]
+    # Tables inside a loaded program (TF Hub), which are no weights.
+    module.resources = [part for layer in served._flatten_layers() for part in getattr(layer, "resources", ())]
     target = Path(folder) / ARTIFACT
     with quiet():
         signatures = _signatures(served, size_px, class_names, json.dumps(about, ensure_ascii=False))
@@ -57,7 +60,10 @@ def _signatures(model: keras.Model, size_px: int, class_names: Sequence[str], ab
         classes = tf.gather(tf.constant(names), tf.argmax(probabilities, axis=1))
         return {"probabilities": probabilities, "classes": classes}
 
-    @tf.function(autograph=False, input_signature=[tf.TensorSpec((None, None, None, 3), tf.uint8, name="images")])
+    @tf.function(
+        autograph=False,
+        input_signature=[tf.TensorSpec((None, None, None, channels_of(model)), tf.uint8, name="images")],
+    )
     def serve_images(images):
         return outputs(images)
 
@@ -70,7 +76,8 @@ def _signatures(model: keras.Model, size_px: int, class_names: Sequence[str], ab
     def describe():
         return {"class_names": tf.constant(names), "metadata": tf.constant(about)}
 
-    return {"serving_default": serve_images, "serve_bytes": serve_bytes, "metadata": describe}
+    found = {"serving_default": serve_images, "serve_bytes": serve_bytes, "metadata": describe}
+    return found if channels_of(model) == 3 else {name: found[name] for name in ("serving_default", "metadata")}
 
 
 def _decode(content: tf.Tensor) -> tf.Tensor:

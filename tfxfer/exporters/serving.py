@@ -39,12 +39,17 @@ def servable(model: keras.Model) -> tuple[keras.Model, int]:
     return keras.Model(images, model(AdaptImage(shape[1])(images)), name=model.name), shape[1]
 
 
+def channels_of(served: keras.Model) -> int:
+    """How many channels the images of a model of `servable` have."""
+    return next(layer.channels for layer in served.layers if isinstance(layer, AdaptImage))
+
+
 def probabilities_of(model: keras.Model, images: tf.Tensor) -> tf.Tensor:
     """(N, H, W, 3) uint8 or float to (N, K) float32; every layer in inference mode, whatever its default."""
     return tf.cast(model(tf.cast(images, tf.float32), training=False), tf.float32)
 
 
-def facts(size_px: int, class_names: Sequence[str], metadata: Mapping[str, str]) -> dict[str, str]:
+def facts(size_px: int, class_names: Sequence[str], metadata: Mapping[str, str], channels: int = 3) -> dict[str, str]:
     """What an artifact says about itself: the caller's metadata, class names as JSON, and how to feed it.
 
     Example:
@@ -55,7 +60,10 @@ def facts(size_px: int, class_names: Sequence[str], metadata: Mapping[str, str])
         **{key: str(value) for key, value in metadata.items()},
         "class_names": json.dumps(list(class_names), ensure_ascii=False),
         "image_size": str(size_px),
-        "input": "images: uint8, (N, H, W, 3), RGB in 0..255, any height and width; no scaling by the caller",
+        "input": (
+            f"images: uint8, (N, H, W, {channels}), {'RGB ' if channels == 3 else ''}in 0..255, any height and width; "
+            "no scaling by the caller"
+        ),
         "preprocessing": (
             f"inside the artifact: resized to {size_px} x {size_px} without cropping, bilinear with a triangle filter "
             "that widens when shrinking (Pillow's BILINEAR), then the source's own normalisation"

@@ -4,7 +4,8 @@ import dataclasses
 
 import keras
 
-from tfxfer.model.blocks import backbone_of, list_blocks
+from tfxfer.model.blocks import backbone_of, list_blocks, program_of
+from tfxfer.model.graph import tensor_behind
 
 
 @dataclasses.dataclass(frozen=True)
@@ -36,7 +37,16 @@ def cut_model(model: keras.Model, depth: int) -> Cut | None:
     """
     backbone = backbone_of(model)
     blocks = list_blocks(backbone)
-    crossing = backbone.get_layer(blocks[depth - 1].layers[-1]).output if depth else backbone.input
+    if program_of(backbone) is not None and 0 < depth < len(blocks):
+        return None  # nothing inside a loaded program can be reached
+    if depth == len(blocks):
+        crossing = backbone.output
+    elif depth:
+        crossing = tensor_behind(backbone, [layer for block in blocks[:depth] for layer in block.layers])
+    else:
+        crossing = backbone.input
+    if crossing is None:
+        return None
     try:
         front = keras.Model(backbone.input, crossing, name=backbone.name) if depth else None
         back = keras.Model(crossing, backbone.output, name=backbone.name) if depth < len(blocks) else None

@@ -31,6 +31,23 @@ class LinearHead:
         return features @ self.kernel + self.bias
 
 
+def moving_features(features: np.ndarray) -> np.ndarray:
+    """Which features move by more than float32 rounds them; the others would only amplify noise at serving time.
+
+    Args:
+        features: (N, D) float.
+
+    Returns:
+        (D,) bool.
+
+    Example:
+        >>> moving_features(np.array([[1.0, 5.0, 1e-3], [2.0, 5.000001, 2e-3]])).tolist()
+        [True, False, True]
+    """
+    spread, level = features.std(0), np.abs(features).max(0)
+    return (spread > 1e-6 * max(float(spread.max()), 1e-30)) & (spread > 1e-5 * level)
+
+
 class LogisticPath:
     """Logistic regressions of many strengths on the same features, standardised and rotated once.
 
@@ -60,10 +77,8 @@ class LogisticPath:
         self.num_classes = num_classes
         self.weights = np.ones(len(features)) if weights is None else np.asarray(weights, np.float64)
         self.mean = features.mean(0)
-        spread = features.std(0)
-        # A feature that never moves carries nothing; a huge inverse would only amplify noise at serving time.
-        self.scale = np.where(spread > 1e-6 * max(float(spread.max()), 1e-30), 1.0 / np.maximum(spread, 1e-30), 0.0)
-        self.scale = self.scale.astype(np.float32)
+        moves = moving_features(features)
+        self.scale = np.where(moves, 1.0 / np.maximum(features.std(0), 1e-30), 0.0).astype(np.float32)
         standard = (features - self.mean) * self.scale
         if len(standard) < standard.shape[1]:
             values, vectors = scipy.linalg.eigh(standard @ standard.T, overwrite_a=True, driver="evd")

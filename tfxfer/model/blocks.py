@@ -1,23 +1,42 @@
 """Blocks: the runs of layers of a backbone that freeze as one."""
 
+from collections.abc import Sequence
+
 import keras
+import numpy as np
 
 from tfxfer.errors import InputError
+from tfxfer.model.graph import grouped
 from tfxfer.sources.catalog import list_sources
 from tfxfer.specs import Block, depth_of
 
 
 def backbone_of(model: keras.Model) -> keras.Model:
-    """The backbone inside a model of `build_model`; a model without a nested model is its own backbone.
+    """The backbone inside a model of `build_model`; any other model is its own backbone, unless one model nested in it
+    holds most of its weights.
 
     Raises:
-        InputError: Where two nested models leave it open which one is meant.
+        InputError: Where several nested models share the weights, so that it is open which one is meant.
     """
     nested = [layer for layer in model.layers if isinstance(layer, keras.Model)]
-    if len(nested) > 1:
+    if nested and any(layer.name == "adapt_image" for layer in model.layers):
+        return nested[0]
+    whole, counts = model.count_params(), [layer.count_params() for layer in nested]
+    for layer, count in zip(nested, counts, strict=True):
+        if 2 * count > whole:
+            return layer
+    if len(nested) > 1 and 10 * sum(counts) > 9 * whole:
         names = ", ".join(layer.name for layer in nested)
         raise InputError(f"Model {model.name!r} holds several nested models ({names}); pass the one to freeze.")
-    return nested[0] if nested else model
+    return model
+
+
+def program_of(backbone: keras.Model) -> keras.layers.Layer | None:
+    """The one layer of a backbone that holds a loaded program, whose blocks are groups of its variables; or None.
+
+    Such a layer has `variable_blocks`, names to lists of its variables, and `freeze_blocks`.
+    """
+    return next((layer for layer in backbone.layers if hasattr(layer, "variable_blocks")), None)
 
 
 def list_blocks(model: keras.Model) -> tuple[Block, ...]:
@@ -25,7 +44,9 @@ def list_blocks(model: keras.Model) -> tuple[Block, ...]:
 
     Args:
         model: Of `build_model` or `load_backbone`, or any `keras.Model`. An architecture that has a card has the
-            blocks of the card; in any other, each layer with weights but BatchNorm begins one.
+            blocks of the card. In any other a block is a run of layers that one tensor enters and one leaves, named
+            after the unit in its layers' names ("block_3") or after its first layer with weights. A layer that holds
+            a loaded program (TF Hub) has the blocks of its variables.
 
     Returns:
         Blocks in the order of the network; together they hold every layer of the backbone but its input, once.
@@ -38,8 +59,14 @@ def list_blocks(model: keras.Model) -> tuple[Block, ...]:
     """
     backbone = backbone_of(model)
     layers = [layer for layer in backbone.layers if not isinstance(layer, keras.layers.InputLayer)]
+    holder = program_of(backbone)
+    if holder is not None:
+        return tuple(
+            Block(name, (f"{holder.name}/{name}",), sum(int(np.prod(v.shape)) for v in variables))
+            for name, variables in holder.variable_blocks.items()
+        )
     names = next((card.blocks for card in list_sources() if card.architecture == backbone.name), ())
-    groups = _by_name(layers, names) if names else _by_weights(layers)
+    groups = _by_name(layers, names) if names else grouped(backbone)
     return tuple(
         Block(name, tuple(layer.name for layer in group), sum(layer.count_params() for layer in group))
         for name, group in groups
@@ -59,17 +86,7 @@ def _by_name(layers, names):
     return groups
 
 
-def _by_weights(layers):
-    groups: list[tuple[str, list]] = []
-    for layer in layers:
-        if not groups or (layer.weights and not isinstance(layer, keras.layers.BatchNormalization)):
-            groups.append((layer.name, [layer]))
-        else:
-            groups[-1][1].append(layer)
-    return groups
-
-
-def resolve_depth(blocks: tuple[Block, ...], depth: int | str) -> int:
+def resolve_depth(blocks: Sequence[Block], depth: int | float | str) -> int:
     """The number of leading blocks that `depth` names; see `tfxfer.specs.depth_of`.
 
     Example:

@@ -1,22 +1,31 @@
 """Freezing by blocks, the states of BatchNorm, and the audit that frozen means bit-identical."""
 
+import dataclasses
 import hashlib
+import re
+from collections.abc import Callable, Iterator
+from typing import Any
 
 import keras
 import numpy as np
 
 from tfxfer.errors import CheckError, InputError, did_you_mean
-from tfxfer.model.blocks import backbone_of, list_blocks, resolve_depth
-from tfxfer.specs import BATCH_NORM_STATES
+from tfxfer.model.blocks import backbone_of, list_blocks, program_of, resolve_depth
+from tfxfer.specs import BATCH_NORM_STATES, compiled
+
+Depth = int | float | str | re.Pattern | Callable[[keras.layers.Layer], bool]
 
 
-def freeze(model: keras.Model, depth: int | str = "all", *, batch_norm: str = "affine") -> keras.Model:
-    """Freeze the leading blocks of a model and train the rest. Sets the state: calling it again starts over.
+def freeze(model: keras.Model, depth: Depth = "all", *, batch_norm: str = "affine") -> keras.Model:
+    """Freeze blocks or layers of a model and train the rest. Sets the state: calling it again starts over.
 
     Args:
-        model: Of `build_model` (its head always trains), or a backbone. Changed in place; compile afterwards.
-        depth: Number of leading blocks frozen, a block's name (inclusive), or "all".
-        batch_norm: What BatchNorm does in the blocks that train:
+        model: Of `build_model` (its head always trains), or a backbone. Changed in place; compile afterwards. A copy of
+            it, or the source model it was made from, has flags of its own: freeze what you train.
+        depth: What is frozen. Leading blocks: their number, a share of them strictly between 0 and 1, the name of the
+            last one, or "all". Or any layers, gaps allowed: a compiled regular expression (or "re:PATTERN") searched in
+            the names of blocks and layers, or a function of a layer.
+        batch_norm: What BatchNorm does where it is not frozen:
             "frozen": nothing moves.
             "affine": gamma and beta train, the statistics stay.
             "adapt": the statistics are estimated anew, once, by `adapt_batch_norm`; gamma and beta stay.
@@ -29,7 +38,7 @@ def freeze(model: keras.Model, depth: int | str = "all", *, batch_norm: str = "a
         The model.
 
     Raises:
-        InputError: Where `depth` matches no block or is out of range, or `batch_norm` is unknown.
+        InputError: Where `depth` matches nothing or is out of range, or `batch_norm` is unknown.
 
     Example:
         >>> import keras
@@ -37,29 +46,159 @@ def freeze(model: keras.Model, depth: int | str = "all", *, batch_norm: str = "a
         >>> net = keras.Sequential([keras.Input((4,)), *layers])
         >>> [layer.name for layer in freeze(net, "a").layers if layer.trainable]
         ['b']
+        >>> [layer.name for layer in freeze(net, re.compile("b")).layers if layer.trainable]
+        ['a']
     """
     if batch_norm not in BATCH_NORM_STATES:
         raise InputError(f"Unknown batch_norm {batch_norm!r}. {did_you_mean(batch_norm, BATCH_NORM_STATES)}")
     backbone = backbone_of(model)
-    blocks = list_blocks(backbone)
-    count = resolve_depth(blocks, depth)
+    frozen = frozen_units(backbone, depth)
     model.trainable = True
     backbone.trainable = True
-    for index, block in enumerate(blocks):
-        for name in block.layers:
-            layer = backbone.get_layer(name)
-            trains = index >= count
-            if not isinstance(layer, keras.layers.BatchNormalization):
-                layer.trainable = trains
-                continue
+    holder = program_of(backbone)
+    if holder is not None:
+        holder.freeze_blocks(frozen, batch_norm=batch_norm)
+        return model
+    for name, layer in units_of(backbone):
+        trains = name not in frozen
+        layer.trainable = trains
+        for norm in _norms(layer):
             # A BatchNorm layer that is not trainable runs in inference mode, whatever the training argument says; its
             # gamma and beta are trainable where their own flag says so. Passing training=False to the backbone's
             # call would not do: inside `fit` Keras 3 overrides it.
-            layer.trainable = trains and batch_norm == "train"
-            for variable in (layer.gamma, layer.beta):  # each time: setting a layer's flag to what it was is no news
+            norm.trainable = trains and batch_norm == "train"
+            for variable in (norm.gamma, norm.beta):  # each time: setting a layer's flag to what it was is no news
                 if variable is not None:
                     variable.trainable = trains and batch_norm in ("affine", "train")
     return model
+
+
+def units_of(backbone: keras.Model, prefix: str = "") -> Iterator[tuple[str, keras.layers.Layer]]:
+    """What can be frozen by itself: the layers, those of nested models by "model/layer"; names and layers in order."""
+    for layer in backbone.layers:
+        if isinstance(layer, keras.layers.InputLayer):
+            continue
+        if isinstance(layer, keras.Model):
+            yield from units_of(layer, f"{prefix}{layer.name}/")
+        else:
+            yield f"{prefix}{layer.name}", layer
+
+
+def frozen_units(model: keras.Model, depth: Depth) -> frozenset[str]:
+    """The names of what `freeze(model, depth)` freezes: units of `units_of`, or blocks of a loaded program.
+
+    Raises:
+        InputError: Where `depth` matches nothing or is out of range.
+    """
+    backbone = backbone_of(model)
+    blocks = list_blocks(backbone)
+    block_of = {layer: block.name for block in blocks for layer in block.layers}
+    holder = program_of(backbone)
+    if holder is not None:
+        units = [(name, holder) for name in holder.variable_blocks]
+        block_of = {name: name for name, _ in units}
+    else:
+        units = list(units_of(backbone))
+    pattern = None if callable(depth) else _pattern(depth)
+    if callable(depth):
+        if holder is not None:
+            raise InputError(
+                "A loaded program has no layers to ask a function about; freeze its blocks by number or name."
+            )
+        found = frozenset(name for name, layer in units if depth(layer))
+    elif pattern is not None:
+        found = frozenset(
+            name for name, _ in units if pattern.search(name) or pattern.search(block_of[name.partition("/")[0]])
+        )
+    else:
+        assert not isinstance(depth, re.Pattern)
+        leading = {block.name for block in blocks[: resolve_depth(blocks, depth)]}
+        return frozenset(name for name, _ in units if block_of[name.partition("/")[0]] in leading)
+    if not found:
+        what = "The function" if pattern is None else f"The pattern {pattern.pattern!r}"
+        raise InputError(f"{what} matches no layer of {backbone.name!r}; list_blocks and `--dry-run` show their names.")
+    return found
+
+
+@dataclasses.dataclass(frozen=True)
+class LayerState:
+    """A layer, or a block of a loaded program, as it is frozen now.
+
+    Attributes:
+        layer: Its name; inside a nested model "model/layer".
+        block: The block it belongs to.
+        num_parameters: Numbers in all its weights.
+        num_trainable: Those that training moves, BatchNorm statistics included where they move.
+    """
+
+    layer: str
+    block: str
+    num_parameters: int
+    num_trainable: int
+
+
+def list_layers(model: keras.Model) -> tuple[LayerState, ...]:
+    """What of a model is frozen, layer by layer; layers without weights are left out.
+
+    Args:
+        model: Of `build_model`, a backbone, or any other model; what lies behind the backbone is block "head".
+
+    Example:
+        >>> import keras
+        >>> layers = [keras.layers.Dense(3, name="a"), keras.layers.Dense(2, name="b")]
+        >>> net = keras.Sequential([keras.Input((4,)), *layers])
+        >>> [(state.layer, state.num_parameters, state.num_trainable) for state in list_layers(freeze(net, "a"))]
+        [('a', 15, 0), ('b', 8, 8)]
+    """
+    backbone = backbone_of(model)
+    still = set(frozen_variables(model))
+    block_of = {layer: block.name for block in list_blocks(backbone) for layer in block.layers}
+    holder = program_of(backbone)
+    if holder is not None:
+        groups = [(name, name, variables) for name, variables in holder.variable_blocks.items()]
+    else:
+        groups = [(name, block_of[name.partition("/")[0]], layer.variables) for name, layer in units_of(backbone)]
+    if backbone is not model:
+        moving = {id(variable) for variable in model.trainable_variables}
+        outside = [layer for layer in model.layers if layer is not backbone]
+        groups += [(layer.name, "head", layer.variables) for layer in outside]
+        still |= {v.path for layer in outside for v in layer.variables if id(v) not in moving}
+    return tuple(
+        LayerState(name, block, _count(variables), _count([v for v in variables if v.path not in still]))
+        for name, block, variables in groups
+        if variables and _count(variables)
+    )
+
+
+def _count(variables) -> int:
+    return sum(int(np.prod(v.shape)) for v in variables if v.dtype.startswith(("float", "bfloat")))
+
+
+def leading_blocks(model: keras.Model, depth: Depth) -> int:
+    """How many leading blocks `freeze(model, depth)` freezes whole: what can be computed once."""
+    backbone = backbone_of(model)
+    frozen = frozen_units(backbone, depth)
+    blocks = list_blocks(backbone)
+    if program_of(backbone) is not None:
+        return next((index for index, block in enumerate(blocks) if block.name not in frozen), len(blocks))
+    block_of = {layer: index for index, block in enumerate(blocks) for layer in block.layers}
+    moving = [
+        block_of[name.partition("/")[0]] for name, layer in units_of(backbone) if layer.weights and name not in frozen
+    ]
+    return min(moving, default=len(blocks))
+
+
+def _pattern(depth: Any) -> re.Pattern | None:
+    if isinstance(depth, re.Pattern):
+        return depth
+    if not isinstance(depth, str) or not depth.startswith("re:"):
+        return None
+    return compiled(depth)
+
+
+def _norms(layer: keras.layers.Layer) -> list[keras.layers.BatchNormalization]:
+    """BatchNorm in a layer, itself included, however deep."""
+    return [part for part in layer._flatten_layers() if isinstance(part, keras.layers.BatchNormalization)]
 
 
 def unfreeze(model: keras.Model, *, batch_norm: str = "affine") -> keras.Model:
@@ -82,12 +221,17 @@ def adapt_batch_norm(model: keras.Model, images, *, batch_size: int = 64) -> ker
         Li, Wang, Shi, Liu, Hou. Revisiting Batch Normalization For Practical Domain Adaptation. ICLR workshop 2017.
     """
     backbone = backbone_of(model)
-    blocks = list_blocks(backbone)
-    trained = [
-        block for block in blocks if any(v.trainable for n in block.layers for v in backbone.get_layer(n).variables)
+    if program_of(backbone) is not None:
+        raise InputError(
+            "The statistics inside a loaded program cannot be estimated anew; use another batch_norm state."
+        )
+    moving = {id(variable) for variable in model.trainable_variables}
+    blocks = [
+        [layer for name, layer in units_of(backbone) if name.partition("/")[0] in block.layers]
+        for block in list_blocks(backbone)
     ]
-    layers = [backbone.get_layer(name) for block in trained for name in block.layers]
-    norms = [layer for layer in layers if isinstance(layer, keras.layers.BatchNormalization)]
+    trained = [block for block in blocks if any(id(v) in moving for layer in block for v in layer.variables)]
+    norms = [norm for block in trained for layer in block for norm in _norms(layer)]
     kept = [(layer.momentum, layer.trainable) for layer in norms]
     try:
         for layer in norms:
@@ -106,9 +250,12 @@ def frozen_variables(model: keras.Model) -> dict[str, keras.Variable]:
     """The variables that training must not move in the model's present state, by path."""
     backbone = backbone_of(model)
     moving = {id(v) for v in model.trainable_variables}
-    for layer in backbone.layers:
-        if isinstance(layer, keras.layers.BatchNormalization) and layer.trainable:
+    for layer in _norms(backbone):
+        if layer.trainable:
             moving |= {id(v) for v in layer.non_trainable_variables}
+    holder = program_of(backbone)
+    if holder is not None and holder.moves_statistics:
+        moving |= {id(v) for v in holder.variables}
     return {v.path: v for v in backbone.weights if id(v) not in moving}
 
 

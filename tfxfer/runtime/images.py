@@ -86,7 +86,7 @@ def open_rgb(content: bytes) -> Image.Image:
     """Decode to an upright RGB picture of its own size.
 
     A JPEG is decoded whole: letting the decoder shrink it would be faster, but the exported graph cannot do that, and
-    probabilities would differ by up to 0.09.
+    probabilities would differ (by up to 0.09 where it was tried).
 
     Raises:
         ImageError: As `decode_image`.

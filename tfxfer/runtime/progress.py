@@ -1,8 +1,11 @@
 """How long work tells its user where it is; the base class says nothing."""
 
+import sys
+import time
+
 
 class Progress:
-    """What workflows report to. The command line shows it on stderr; in Python it is silent unless one is given."""
+    """What workflows report to, and silence. The command line shows a bar; `fit` in Python writes `Lines`."""
 
     def phase(self, name: str, total: int | None = None) -> None:
         """A phase begins; `total` is its number of steps where that is known."""
@@ -12,3 +15,16 @@ class Progress:
 
     def note(self, text: str) -> None:
         """One line worth keeping."""
+
+
+class Lines(Progress):
+    """A plain line on stderr for each phase and note, with the seconds since it was made."""
+
+    def __init__(self) -> None:
+        self._began = time.monotonic()
+
+    def phase(self, name: str, total: int | None = None) -> None:
+        self.note(name)
+
+    def note(self, text: str) -> None:
+        print(f"[{time.monotonic() - self._began:6.1f} s] {text}", file=sys.stderr)

@@ -10,6 +10,7 @@ from tfxfer.features.cut import cut_model
 from tfxfer.features.extract import FrozenPrefix, extract
 from tfxfer.methods.probe import fit_probe
 from tfxfer.metrics import metric_value
+from tfxfer.model.blocks import list_blocks
 from tfxfer.model.build import build_model
 from tfxfer.model.freeze import freeze
 from tfxfer.runtime.images import resize_image
@@ -47,7 +48,7 @@ def random_features_baseline(card: Source, plan: Plan, data: TrainingData, test_
     keras.utils.set_random_seed(plan.seed)
     model = build_model(card, data.num_classes, image_size=plan.image_size, weights=False, seed=plan.seed)
     freeze(model, "all", batch_norm="frozen")
-    cut = cut_model(model, len(card.blocks))
+    cut = cut_model(model, len(list_blocks(model)))
     assert cut is not None  # a cut behind the last block crosses the features alone
     found = extract(FrozenPrefix(cut), (*data.parts, test_pixels))
     count = len(data.labels)

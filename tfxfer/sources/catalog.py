@@ -2,13 +2,16 @@
 
 import functools
 import importlib.resources
+import importlib.util
 import tomllib
+from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
-from tfxfer.errors import InputError
+from tfxfer.errors import InputError, did_you_mean
 from tfxfer.registry import lookup, merge
-from tfxfer.sources import KINDS
-from tfxfer.sources.builders import BUILDERS
+from tfxfer.sources import KINDS, PREFIXES, SUFFIXES
+from tfxfer.sources.report import LoadReport
 from tfxfer.specs import Source
 
 
@@ -19,17 +22,29 @@ def list_sources() -> tuple[Source, ...]:
         Their cards, sorted by name.
 
     Example:
-        >>> [source.name for source in list_sources()]
-        ['digits_cnn', 'efficientnet_lite0_imagenet', 'mobilenet_v2_imagenet']
+        >>> [source.name for source in list_sources()][:2]
+        ['digits_cnn', 'efficientnet_lite0_imagenet']
     """
     return tuple(_cards().values())
 
 
-def get_source(name: str) -> Source:
+def get_source(
+    name: str,
+    *,
+    weights: str | Path | None = None,
+    input_range: str = "",
+    partial: bool = False,
+    trusted: Sequence[str] = (),
+) -> Source:
     """The card of one source.
 
     Args:
-        name: As `list_sources` spells it.
+        name: As `list_sources` spells it; or `hub:PATH_OR_HANDLE`, `keras:NAME`, `kerashub:PRESET_OR_PATH`,
+            `torch:ARCH`, `py:MODULE:FUNCTION`, `run:PATH`, a path ending in .keras or .h5.
+        weights: A file with the weights, where they are not the source's own.
+        input_range: What the network wants pixels scaled to, see `tfxfer.sources.ranges`; by default what is known.
+        partial: Whether weights may be loaded in part; what was not loaded is in the report.
+        trusted: Modules of the user's own code that custom objects in model files may come from.
 
     Raises:
         InputError: Where there is none of that name; says near matches.
@@ -39,10 +54,33 @@ def get_source(name: str) -> Source:
         32
     """
     cards = _cards()
-    if name not in cards and (":" in name or name.endswith((".h5", ".keras"))):
-        known = ", ".join(cards)
-        raise InputError(f"{name!r} is not the name of a source; only named sources can be loaded. Known: {known}.")
-    return lookup(cards, name, "source")
+    kind, reference = _kind_of(name) if name not in cards else ("", "")
+    if kind:
+        described = lookup(KINDS, kind, "source kind")().describe(
+            name, reference, weights=str(weights or ""), input_range=input_range, partial=partial,
+            trusted=tuple(trusted),
+        )  # fmt: skip
+        return described
+    card = lookup(cards, name, "source")
+    if weights or input_range or partial:
+        raise InputError(
+            f"{name!r} has weights and an input range of its own; other weights for its architecture are loaded by "
+            f"torch:{card.architecture} with --weights."
+        )
+    return card
+
+
+def _kind_of(spelling: str) -> tuple[str, str]:
+    """The kind and the reference behind a spelling that is no card's name; ("", "") where it is none at all."""
+    prefix, colon, reference = spelling.partition(":")
+    if colon and prefix in PREFIXES:
+        if not reference:
+            raise InputError(f"{spelling!r} names no source: something must stand behind the colon.")
+        return PREFIXES[prefix], reference
+    if colon and prefix.isalpha() and len(prefix) > 1:
+        raise InputError(f"Unknown kind of source {prefix!r} in {spelling!r}. {did_you_mean(prefix, PREFIXES)}")
+    kind = SUFFIXES.get(Path(spelling).suffix.lower(), "")
+    return kind, spelling if kind else ""
 
 
 def load_backbone(
@@ -56,32 +94,40 @@ def load_backbone(
     """Load a source without its old output.
 
     Args:
-        source: A name or a card.
+        source: A name, another spelling, or a card.
         image_size: Side of the input in pixels, at least the card's minimum; None: the side it was trained at.
         weights: Load the pretrained weights; otherwise random ones.
         include_top: Keep the old output: the model then gives logits of the source's own classes.
         seed: Of the random weights, at least 0.
 
     Returns:
-        A functional keras.Model on normalised float32 images (N, S, S, 3), that is on `pixel * scale + offset` of the
-        card, to features (N, `source.features`) or logits (N, `source.num_classes`).
+        A keras.Model on normalised float32 images (N, S, S, 3), that is on `pixel * scale + offset` of the card, to
+        features (N, F) or logits (N, K).
 
     Raises:
-        InputError: Where the source is unknown, the images are too small for it, or its weights are missing or have
-            another SHA-256.
+        InputError: Where the source is unknown, the images are too small for it, or its weights are missing, have
+            another SHA-256, or do not fit.
 
     Example:
         >>> load_backbone("digits_cnn").output_shape
         (None, 64)
     """
+    return load_with_report(source, image_size=image_size, weights=weights, include_top=include_top, seed=seed)[0]
+
+
+def load_with_report(
+    source: str | Source,
+    *,
+    image_size: int | None = None,
+    weights: bool = True,
+    include_top: bool = False,
+    seed: int = 0,
+) -> tuple[Any, LoadReport | None]:
+    """As `load_backbone`, with the report of what was loaded where; None where nothing was."""
     card = _card_of(source)
     size_px = check_image_size(card, image_size)
-    build = lookup(BUILDERS, card.architecture, "architecture")
-    load = lookup(KINDS, card.kind, "source kind")
-    model = build(size_px, include_top=include_top, seed=seed)
-    if weights:
-        load(card, model)
-    return model
+    kind = lookup(KINDS, card.kind, "source kind")()
+    return kind.load(card, size_px, weights=weights, include_top=include_top, seed=seed)
 
 
 def class_names_of(source: str | Source) -> tuple[str, ...]:
@@ -109,6 +155,12 @@ def _card_of(source: str | Source) -> Source:
     if isinstance(source, str):
         return get_source(source)
     raise InputError(f"A source is its name or its card, not {source!r}.")
+
+
+def is_available(card: Source) -> bool:
+    """Whether a card's weights are on this machine: beside the card, or in an installed package."""
+    package = card.weights.get("package")
+    return not package or importlib.util.find_spec(package) is not None
 
 
 def check_image_size(card: Source, image_size: int | None) -> int:
@@ -139,6 +191,8 @@ def _card(folder: Any) -> Source:
         card = Source.from_dict(tomllib.loads((folder / "card.toml").read_text(encoding="utf-8")))
     except (tomllib.TOMLDecodeError, InputError) as error:
         raise InputError(f"{where} is not a source card: {error}") from None
+    if not card.blocks or not card.paper or not card.weights:
+        raise InputError(f"{where} is not complete: it needs blocks, paper and weights.")
     if card.name != folder.name:
         raise InputError(f"{where} names the source {card.name!r}; it must be the folder's name, {folder.name!r}.")
     return card

@@ -5,8 +5,8 @@ Keras' own `load_weights` stops at a layer that does not fit, or with `skip_mism
 variables that they are to fill before a number is read, and what was not loaded is listed.
 """
 
-import dataclasses
 import itertools
+import math
 from collections.abc import Mapping, Sequence
 from importlib import resources
 from pathlib import Path
@@ -14,36 +14,10 @@ from typing import Any
 
 from tfxfer.errors import InputError
 from tfxfer.runtime.files import sha256_of_file
+from tfxfer.sources.builders import build_network
+from tfxfer.sources.report import LayerReport, LoadReport
+from tfxfer.sources.stored_weights import attribute_texts, is_own_dataset, variable_name
 from tfxfer.specs import Source
-
-
-@dataclasses.dataclass(frozen=True)
-class LoadReport:
-    """What became of each layer that has weights.
-
-    Attributes:
-        loaded: Names of layers of the model that took their weights from the file.
-        skipped: Layers of the model left as they were since their variables differ in shape or name, and how.
-        missing: Layers of the model that the file has no counterpart of; left as they were.
-        unused: Layers of the file that the model has no counterpart of.
-    """
-
-    loaded: tuple[str, ...]
-    skipped: Mapping[str, str]
-    missing: tuple[str, ...]
-    unused: tuple[str, ...]
-
-    @property
-    def complete(self) -> bool:
-        """Whether every weight of the model came from the file."""
-        return not self.skipped and not self.missing
-
-    def __str__(self) -> str:
-        lines = [f"loaded: {', '.join(self.loaded) or 'nothing'}"]
-        lines += [f"skipped: {name}: {why}" for name, why in self.skipped.items()]
-        lines += [f"missing in the file: {', '.join(self.missing)}"] if self.missing else []
-        lines += [f"unused of the file: {', '.join(self.unused)}"] if self.unused else []
-        return "\n".join(lines)
 
 
 def load_matching_weights(model: Any, path: str | Path, *, by: str = "order") -> LoadReport:
@@ -56,7 +30,8 @@ def load_matching_weights(model: Any, path: str | Path, *, by: str = "order") ->
             as many, names do not matter. "name": layers of the same name.
 
     Returns:
-        What was loaded, skipped since its shape differs, missing in the file, unused of the file.
+        What became of each layer: matched or renamed (loaded), differs (left as it was), missing in the file, unused of
+        the file.
 
     Raises:
         InputError: Where the file is no such HDF5, the counts of layers differ, or not one layer fits; the model is
@@ -68,9 +43,12 @@ def load_matching_weights(model: Any, path: str | Path, *, by: str = "order") ->
         >>> from tfxfer.sources.builders import BUILDERS
         >>> backbone = BUILDERS["digits_cnn"](32)
         >>> five_digits = keras.Model(backbone.input, keras.layers.Dense(5, name="output")(backbone.output))
-        >>> print(load_matching_weights(five_digits, path))
-        loaded: conv1, conv2, conv3, dense1
-        skipped: output: kernel (64, 10), bias (10,) in the file; kernel (64, 5), bias (5,) in the model
+        >>> report = load_matching_weights(five_digits, path)
+        >>> report.names("matched", "renamed")
+        ('conv1', 'conv2', 'conv3', 'dense1')
+        >>> print(str(report).partition(": ")[2])
+        121920 of 122245 parameters (99.7 %) loaded: 4 layers matched, 1 differs
+          differs: output: kernel (64, 10), bias (10,) in the file; kernel (64, 5), bias (5,) in the model
     """
     import h5py
 
@@ -85,12 +63,20 @@ def load_matching_weights(model: Any, path: str | Path, *, by: str = "order") ->
     with file:
         stored = _stored_layers(file, path)
         layers = _model_layers(model)
-        report, fitting = _compare(model, layers, stored, _pairs(layers, stored, by, path))
+        report, fitting = _compare(model, str(path), layers, stored, _pairs(layers, stored, by, path))
         if not fitting:
             raise InputError(f"No layer of {model.name!r} fits {path}, nothing was loaded:\n{report}")
         for weight, dataset in fitting:
             weight.assign(dataset[()])
     return report
+
+
+def load(card: Source, size_px: int, *, weights: bool, include_top: bool, seed: int) -> tuple[Any, LoadReport | None]:
+    """Build the network of the card's architecture and load its weights; see `tfxfer.sources`."""
+    model = build_network(card, size_px, include_top=include_top, seed=seed)
+    if weights:
+        load_weights(card, model)
+    return model, None
 
 
 def load_weights(source: Source, model: Any) -> None:
@@ -140,10 +126,10 @@ def _stored_layers(file: Any, path: Path) -> dict[str, list[tuple[str, Any]]]:
     root = file.get("model_weights", file)
     layers = {}
     try:
-        for layer in _texts(root.attrs["layer_names"]):
-            names = _texts(root[layer].attrs["weight_names"])
+        for layer in attribute_texts(root, "layer_names"):
+            names = attribute_texts(root[layer], "weight_names")
             entries = [(name, root[layer][name]) for name in names]
-            if not all(_is_own_dataset(entry, file) for _, entry in entries):
+            if not all(is_own_dataset(entry, file) for _, entry in entries):
                 raise KeyError(layer)
             if entries:
                 layers[layer] = entries
@@ -153,17 +139,6 @@ def _stored_layers(file: Any, path: Path) -> dict[str, list[tuple[str, Any]]]:
             ".weights.h5 and are loaded by model.load_weights."
         ) from None
     return layers
-
-
-def _is_own_dataset(entry: Any, file: Any) -> bool:
-    """Whether `entry` is a dataset whose numbers lie in `file` itself; HDF5 can refer to any other file."""
-    import h5py
-
-    return isinstance(entry, h5py.Dataset) and entry.file == file and not entry.external and not entry.is_virtual
-
-
-def _texts(names: Sequence[Any]) -> list[str]:
-    return [name.decode() if isinstance(name, bytes) else str(name) for name in names]
 
 
 def _model_layers(model: Any) -> dict[str, list[tuple[str, Any]]]:
@@ -179,7 +154,7 @@ def _signature(entries: Sequence[tuple[str, Any]], nested: bool) -> list[str]:
     """Name and shape of each variable, "kernel (3, 3, 3, 32)"; inside a nested model with the layer's name."""
     texts = []
     for name, value in entries:
-        parts = name.partition(":")[0].replace("depthwise_kernel", "kernel").split("/")  # Keras 2 called it so
+        parts = variable_name(name).split("/")
         texts.append(f"{'/'.join(parts[-2 if nested else -1 :])} {tuple(value.shape)}")
     return texts
 
@@ -199,23 +174,33 @@ def _pairs(layers: Mapping[str, Any], stored: Mapping[str, Any], by: str, path: 
 
 def _compare(
     model: Any,
+    path: str,
     layers: Mapping[str, list[tuple[str, Any]]],
     stored: Mapping[str, list[tuple[str, Any]]],
     pairs: Mapping[str, str],
 ) -> tuple[LoadReport, list[tuple[Any, Any]]]:
     """The report, and variables with the datasets that fill them."""
-    loaded, skipped, fitting = [], {}, []
-    for name, other in pairs.items():
+    rows, fitting = [], []
+    for name, entries in layers.items():
+        count = _num_parameters(entries)
+        other = pairs.get(name)
+        if other is None:
+            rows.append(LayerReport(name, "missing", count))
+            continue
         nested = hasattr(model.get_layer(name), "layers")
-        wanted, given = _signature(layers[name], nested), _signature(stored[other], nested)
-        if wanted == given:
-            loaded.append(name)
-            fitting += [(weight, data) for (_, weight), (_, data) in zip(layers[name], stored[other], strict=True)]
-        else:
-            skipped[name] = _difference(wanted, given)
-    missing = tuple(name for name in layers if name not in pairs)
-    unused = tuple(name for name in stored if name not in pairs.values())
-    return LoadReport(tuple(loaded), skipped, missing, unused), fitting
+        wanted, given = _signature(entries, nested), _signature(stored[other], nested)
+        if wanted != given:
+            rows.append(LayerReport(name, "differs", count, _difference(wanted, given)))
+            continue
+        rows.append(LayerReport(name, *(("matched", count) if name == other else ("renamed", count, f"from {other}"))))
+        fitting += [(weight, data) for (_, weight), (_, data) in zip(entries, stored[other], strict=True)]
+    unused = [name for name in stored if name not in pairs.values()]
+    rows += [LayerReport(name, "unused", _num_parameters(stored[name])) for name in unused]
+    return LoadReport(path, tuple(rows)), fitting
+
+
+def _num_parameters(entries: Sequence[tuple[str, Any]]) -> int:
+    return sum(math.prod(value.shape) for _, value in entries)
 
 
 def _difference(wanted: list[str], given: list[str]) -> str:

@@ -1,18 +1,14 @@
-"""Weights from a torch checkpoint of the format before 1.6, read without torch and without trust.
+"""Weights from torch checkpoints, read without torch and without trust: of a card's package, or of the user's file.
 
-The file is checked by SHA-256, read by an unpickler that knows four names and runs nothing else, turned into Keras'
-layout and kept in the cache folder, so that the next load needs neither.
+A package's file is checked by SHA-256, read by an unpickler that knows few names and runs nothing else, turned into
+Keras' layout and kept in the cache folder, so that the next load needs neither.
 """
 
 import dataclasses
 import hashlib
 import importlib.util
-import io
-import pickle
-import struct
 import zipfile
-from collections import OrderedDict
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,16 +16,84 @@ import numpy as np
 
 from tfxfer.errors import InputError
 from tfxfer.registry import lookup
-from tfxfer.runtime.files import atomic_path, cache_dir, locked, sha256_of_bytes
-from tfxfer.sources.builders import TORCH_MODULES
+from tfxfer.runtime.files import atomic_path, cache_dir, locked, sha256_of_bytes, sha256_of_file
+from tfxfer.sources.builders import TORCH_MODULES, build_network
+from tfxfer.sources.catalog import list_sources
+from tfxfer.sources.network import check_digest
+from tfxfer.sources.ranges import range_facts
+from tfxfer.sources.report import LoadReport
+from tfxfer.sources.state_dict import assign, load_state_dict, read_state_dict, to_keras
+from tfxfer.sources.torch_pickle import read_checkpoint
 from tfxfer.specs import Source
 
-MAGIC_NUMBER = 0x1950A86A20F9469CFC6C
-PROTOCOL_VERSION = 1001
 # Part of the cache's file name: raise it when the conversion changes.
 LAYOUT_VERSION = 1
-# What a state dict calls an array, and what Keras calls it.
-LEAVES = {"running_mean": "moving_mean", "running_var": "moving_variance"}
+
+
+def describe(
+    spelling: str,
+    reference: str,
+    *,
+    weights: str = "",
+    input_range: str = "",
+    partial: bool = False,
+    trusted: Sequence[str] = (),
+) -> Source:
+    """The card of an architecture with the weights of the user's own state dict; see `tfxfer.sources`.
+
+    Args:
+        spelling: As the user wrote it.
+        reference: An entry of `TORCH_MODULES`.
+        weights: The file, .pth, .pt, .bin or .safetensors.
+        input_range: What the network was trained on, where that is not what the published weights were.
+        partial: Whether the weights may be loaded in part.
+        trusted: Not used: state dicts hold no objects.
+
+    Raises:
+        InputError: Where there is no such architecture or no file.
+    """
+    lookup(TORCH_MODULES, reference, "architecture for a torch checkpoint")
+    card = next(card for card in list_sources() if card.architecture == reference)
+    if not weights:
+        raise InputError(
+            f"{spelling!r} is an architecture without weights; give a state dict (--weights FILE, .pth, .pt, .bin or "
+            f".safetensors), or take the source {card.name!r}, which has published ones."
+        )
+    if not Path(weights).is_file():
+        raise InputError(f"There is no file {weights}; give a state dict in .pth, .pt, .bin or .safetensors.")
+    facts: dict[str, Any] = range_facts(input_range) if input_range else {}
+    return dataclasses.replace(
+        card,
+        name=spelling,
+        title=f"{card.title.partition(',')[0]}, weights of a file",
+        reference=reference,
+        licence="unknown",
+        url="",
+        notes="",
+        weights={"file": weights, "sha256": sha256_of_file(Path(weights))},
+        num_classes=0,
+        class_names=(),
+        partial=partial,
+        **facts,
+    )
+
+
+def load(card: Source, size_px: int, *, weights: bool, include_top: bool, seed: int) -> tuple[Any, LoadReport | None]:
+    """Build the network of the card's architecture and load its weights; see `tfxfer.sources`.
+
+    Raises:
+        InputError: Where the weights are missing, have another SHA-256, are refused by the gate, or do not fit.
+    """
+    model = build_network(card, size_px, include_top=include_top, seed=seed)
+    if not weights:
+        return model, None
+    if "package" in card.weights:
+        load_weights(card, model)
+        return model, None
+    path = Path(card.weights["file"])
+    check_digest(path, card.weights["sha256"])
+    modules = lookup(TORCH_MODULES, card.architecture, "architecture for a torch checkpoint")()
+    return model, load_state_dict(model, read_state_dict(path), modules, path, partial=card.partial)
 
 
 def load_weights(source: Source, model: Any) -> None:
@@ -92,105 +156,6 @@ def weights_path(source: Source) -> Path:
     return path
 
 
-def read_checkpoint(content: bytes, name: str = "the checkpoint") -> dict[str, np.ndarray]:
-    """Read a state dict in the torch format before 1.6.
-
-    Args:
-        content: The bytes of the file.
-        name: What errors call it.
-
-    Returns:
-        Arrays by their name in the state dict, float32 or int64, in torch's layout.
-
-    Raises:
-        InputError: Where it is something else, is cut off, or asks for any object but tensors in a dict.
-    """
-    file = io.BufferedReader(io.BytesIO(content))  # type: ignore[arg-type]  # its peek() spares reads of single bytes
-    try:
-        magic, version, system = (_RestrictedUnpickler(file).load() for _ in range(3))
-        if magic != MAGIC_NUMBER or version != PROTOCOL_VERSION or system["little_endian"] is not True:
-            raise pickle.UnpicklingError("it starts with other numbers")
-        state = _RestrictedUnpickler(file).load()
-        keys = _RestrictedUnpickler(file).load()
-        if not isinstance(state, OrderedDict) or not all(isinstance(value, _Tensor) for value in state.values()):
-            raise pickle.UnpicklingError("it holds other things than a dict of tensors")
-        kinds = {tensor.storage.key: tensor.storage for tensor in state.values()}
-        storages = _read_storages(content, file.tell(), [kinds[key] for key in keys])
-        return {str(key): tensor.array(storages[tensor.storage.key]) for key, tensor in state.items()}
-    except Exception as error:  # a damaged pickle raises almost anything
-        raise InputError(f"{name} cannot be read as a torch checkpoint of the format before 1.6: {error}.") from error
-
-
-def to_keras(state: Mapping[str, np.ndarray], modules: Mapping[str, str]) -> dict[str, np.ndarray]:
-    """Rename and transpose the arrays of a state dict.
-
-    Args:
-        state: From `read_checkpoint`.
-        modules: The layer of each torch module.
-
-    Returns:
-        Arrays by "layer/variable", in Keras' layout.
-
-    Raises:
-        InputError: Where a module has no layer, or a layer no arrays.
-
-    Example:
-        >>> state = {"fc.weight": np.zeros((10, 64), "float32"), "fc.bias": np.zeros(10, "float32")}
-        >>> {name: array.shape for name, array in to_keras(state, {"fc": "logits"}).items()}
-        {'logits/kernel': (64, 10), 'logits/bias': (10,)}
-    """
-    arrays = {}
-    for key, array in state.items():
-        module, _, leaf = key.rpartition(".")
-        if leaf == "num_batches_tracked":
-            continue
-        if module not in modules:
-            raise InputError(f"The checkpoint has {key!r}, which no layer of the architecture takes.")
-        normalises = f"{module}.running_mean" in state
-        variable = LEAVES.get(leaf) or {
-            ("weight", True): "gamma",
-            ("bias", True): "beta",
-            ("weight", False): "kernel",
-            ("bias", False): "bias",
-        }.get((leaf, normalises))
-        if variable is None:
-            raise InputError(f"The checkpoint has {key!r}, which neither a convolution nor Dense nor BatchNorm has.")
-        arrays[f"{modules[module]}/{variable}"] = _keras_layout(array)
-    lacking = set(modules.values()) - {name.partition("/")[0] for name in arrays}
-    if lacking:
-        raise InputError(f"The checkpoint has no arrays for {', '.join(sorted(lacking))}.")
-    return arrays
-
-
-def assign(model: Any, arrays: Mapping[str, np.ndarray], what: str) -> None:
-    """Set every weight of `model` from `arrays` by "layer/variable".
-
-    Raises:
-        InputError: Where one is missing or has another shape; nothing has been set then.
-    """
-    pairs = [(f"{layer.name}/{weight.name}", weight) for layer in model.layers for weight in layer.weights]
-    for name, weight in pairs:
-        if name not in arrays:
-            raise InputError(f"{what} lack {name!r}, which the network {model.name!r} needs.")
-        if tuple(weight.shape) != arrays[name].shape:
-            raise InputError(
-                f"{what} have {name!r} in shape {arrays[name].shape}; "
-                f"the network {model.name!r} needs {tuple(weight.shape)}."
-            )
-    for name, weight in pairs:
-        weight.assign(arrays[name])
-
-
-def _keras_layout(array: np.ndarray) -> np.ndarray:
-    if array.ndim == 2:  # Dense: (out, in)
-        return np.ascontiguousarray(array.T)
-    if array.ndim == 4 and array.shape[1] == 1:  # depthwise: (channels, 1, height, width)
-        return np.ascontiguousarray(array.transpose(2, 3, 0, 1))
-    if array.ndim == 4:  # convolution: (out, in, height, width)
-        return np.ascontiguousarray(array.transpose(2, 3, 1, 0))
-    return array
-
-
 def _convert_source(source: Source) -> dict[str, np.ndarray]:
     path = weights_path(source)
     content = path.read_bytes()
@@ -227,77 +192,3 @@ def _read_cache(path: Path) -> dict[str, np.ndarray] | None:
     except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile, NotImplementedError):
         return None
     return arrays if np.array_equal(digest, _digest(arrays)) else None
-
-
-@dataclasses.dataclass(frozen=True, slots=True)
-class _Storage:
-    key: str
-    dtype: np.dtype
-    length: int
-
-
-@dataclasses.dataclass(frozen=True, slots=True)
-class _Tensor:
-    """A tensor of the pickle, before the numbers, which follow it in the file, have been read."""
-
-    storage: _Storage
-    offset: int
-    shape: tuple[int, ...]
-    strides: tuple[int, ...]
-
-    def array(self, values: np.ndarray) -> np.ndarray:
-        """The tensor as a view of the `values` of its storage."""
-        steps = [(side - 1) * stride for side, stride in zip(self.shape, self.strides, strict=True)]
-        if min((self.offset, *self.shape, *self.strides)) < 0 or self.offset + sum(steps) >= len(values):
-            raise pickle.UnpicklingError(f"a tensor of shape {self.shape} leaves its storage of {len(values)} numbers")
-        strides_bytes = [stride * values.itemsize for stride in self.strides]
-        return np.lib.stride_tricks.as_strided(values[self.offset :], self.shape, strides_bytes, writeable=False)
-
-
-class _Rebuild:
-    """Stands for `torch._utils._rebuild_tensor_v2`; without attributes, so that a pickle cannot change it."""
-
-    __slots__ = ()
-
-    def __call__(self, storage: _Storage, offset: int, shape: Any, strides: Any, *_: Any) -> _Tensor:
-        if not isinstance(storage, _Storage):
-            raise pickle.UnpicklingError("a tensor has no storage")
-        return _Tensor(storage, int(offset), tuple(map(int, shape)), tuple(map(int, strides)))
-
-
-class _RestrictedUnpickler(pickle.Unpickler):
-    """Finds the four names that a state dict needs; everything else is refused before it is imported."""
-
-    ALLOWED: Mapping[tuple[str, str], Any] = {
-        ("collections", "OrderedDict"): OrderedDict,
-        ("torch", "FloatStorage"): np.dtype("<f4"),
-        ("torch", "LongStorage"): np.dtype("<i8"),
-        ("torch._utils", "_rebuild_tensor_v2"): _Rebuild(),
-    }
-
-    def find_class(self, module: str, name: str) -> Any:
-        try:
-            return self.ALLOWED[module, name]
-        except KeyError:
-            raise pickle.UnpicklingError(
-                f"it asks for {module}.{name}, which no state dict needs; that was refused and not run"
-            ) from None
-
-    def persistent_load(self, identifier: Any) -> _Storage:
-        kind, dtype, key, _location, length, view = identifier
-        if kind != "storage" or not isinstance(dtype, np.dtype) or view is not None:
-            raise pickle.UnpicklingError("it refers to something other than a plain storage")
-        return _Storage(str(key), dtype, int(length))
-
-
-def _read_storages(content: bytes, position: int, storages: list[_Storage]) -> dict[str, np.ndarray]:
-    """The numbers after the pickles: for each storage its length (int64) and its values."""
-    arrays = {}
-    for storage in storages:
-        (length,) = struct.unpack_from("<q", content, position)
-        position += 8
-        if length != storage.length:
-            raise pickle.UnpicklingError(f"a storage holds {length} numbers where {storage.length} were announced")
-        arrays[storage.key] = np.frombuffer(content, storage.dtype, length, position)
-        position += length * storage.dtype.itemsize
-    return arrays

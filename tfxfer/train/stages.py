@@ -5,12 +5,21 @@ from collections.abc import Callable, Sequence
 import keras
 import numpy as np
 
+from tfxfer.errors import InputError
 from tfxfer.features.cut import Cut, cut_model
 from tfxfer.features.extract import Extracted, FrozenPrefix, extract, join_views
-from tfxfer.features.solvers import log_softmax
+from tfxfer.features.solvers import log_softmax, moving_features
 from tfxfer.methods.probe import Probe, fit_probe, make_folds
-from tfxfer.model.blocks import list_blocks, resolve_depth
-from tfxfer.model.freeze import adapt_batch_norm, audit_frozen, digest_backbone, digest_frozen, freeze
+from tfxfer.model.blocks import list_blocks
+from tfxfer.model.freeze import (
+    Depth,
+    adapt_batch_norm,
+    audit_frozen,
+    digest_backbone,
+    digest_frozen,
+    freeze,
+    leading_blocks,
+)
 from tfxfer.runtime.progress import Progress
 from tfxfer.specs import Plan, Stage
 from tfxfer.train.clock import Clock
@@ -27,7 +36,7 @@ def run_stages(
     stages: Sequence[Stage],
     data: TrainingData,
     *,
-    auto_depth: int,
+    auto_depth: Depth,
     clock: Clock | None = None,
     progress: Progress | None = None,
     callbacks: Sequence[keras.callbacks.Callback] = (),
@@ -63,11 +72,9 @@ class _Loop:
         self.on_model: Callable[[str], None] = lambda stage: None
         self.convex = next((stage for stage in stages if stage.solver == "convex"), None)
         self.tuned = tuple(stage for stage in stages if stage.solver != "convex")
-        blocks = list_blocks(model)
-        self.depths = [
-            resolve_depth(blocks, auto_depth if s.freeze_depth == "auto" else s.freeze_depth) for s in self.tuned
-        ]
-        self.num_blocks = len(blocks)
+        self.freezing = [auto_depth if s.freeze_depth == "auto" else s.freeze_depth for s in self.tuned]
+        self.depths = [leading_blocks(model, depth) for depth in self.freezing]
+        self.num_blocks = len(list_blocks(model))
         self.depth = min(self.depths, default=self.num_blocks)
         self.outcome = Outcome()
         self.probe: Probe | None = None
@@ -84,6 +91,12 @@ class _Loop:
             prefix = FrozenPrefix(cut)
             extracted = self._extract(prefix, "plain")
         self._features = extracted.features[0]
+        if not moving_features(self._features).any():
+            raise InputError(
+                f"The source {self.plan.source!r} gives the same features for every image, up to rounding, so there is "
+                "nothing to transfer: its weights or BatchNorm statistics are damaged, or it wants pixels in another "
+                "range (--input-range)."
+            )
         before, whole = digest_frozen(self.model), digest_backbone(self.model)
         if self.convex:
             self.probe = self._fit_probe(extracted)
@@ -95,7 +108,7 @@ class _Loop:
             try:
                 extracted = self._with_mirror(prefix, extracted)
                 Tuner(
-                    self.model, cut, extracted, self.data, self.plan, self.tuned, self.depths, self.probe,
+                    self.model, cut, extracted, self.data, self.plan, self.tuned, self.freezing, self.probe,
                     self._splits(), self.outcome, clock=self.clock, progress=self.progress, callbacks=self.callbacks,
                     on_model=self.on_model,
                 ).tune()  # fmt: skip
@@ -106,6 +119,7 @@ class _Loop:
         self.outcome.audit = {
             "freeze_depth": depth,
             "num_blocks": self.num_blocks,
+            "freezing": "all" if self.outcome.chosen == "probe" else [str(depth) for depth in self.freezing],
             "frozen_blocks": [block.name for block in list_blocks(self.model)[:depth]],
             "batch_norm": self._batch_norm(),
             **audit_frozen(self.model, whole if self.outcome.chosen == "probe" else before),
@@ -114,7 +128,9 @@ class _Loop:
 
     def _cut(self) -> Cut:
         """Cut at the shallowest stage, or shallower still where more than one tensor crosses."""
-        freeze(self.model, self.depth, batch_norm=self._batch_norm())
+        # Of several stages only the leading blocks that all of them freeze are sure to stay.
+        kept = self.freezing[0] if len(self.freezing) == 1 else self.depth
+        freeze(self.model, kept, batch_norm=self._batch_norm())
         for depth in range(self.depth, -1, -1):
             cut = cut_model(self.model, depth)
             if cut is not None:

@@ -11,7 +11,7 @@ from tfxfer.features.solvers import LinearHead, best_temperature, log_softmax
 from tfxfer.methods.fine_tune import SuffixTrainer, Trained, interpolate
 from tfxfer.methods.probe import Probe
 from tfxfer.metrics import metric_value, paired_difference
-from tfxfer.model.freeze import freeze
+from tfxfer.model.freeze import Depth, freeze
 from tfxfer.runtime.progress import Progress
 from tfxfer.specs import Plan, Stage
 from tfxfer.train.clock import Clock, StopOnTime
@@ -34,7 +34,7 @@ class Tuner:
         extracted: What crosses the cut, for all images.
         data: Labels, weights, groups, parts.
         plan: Metric, batch size, seed.
-        stages, depths: The stages and their resolved freeze depths.
+        stages, freezing: The stages, and what each freezes as `freeze` takes it.
         probe: The convex stage's, or None.
         splits: Pairs (train rows, held-out rows) that decisions are made on.
         outcome: Decisions, history and seconds are written into it.
@@ -49,7 +49,7 @@ class Tuner:
         data: TrainingData,
         plan: Plan,
         stages: Sequence[Stage],
-        depths: Sequence[int],
+        freezing: Sequence[Depth],
         probe: Probe | None,
         splits: list[tuple[np.ndarray, np.ndarray]],
         outcome: Outcome,
@@ -60,7 +60,7 @@ class Tuner:
         on_model: Callable[[str], None],
     ):
         self.model, self.cut, self.extracted, self.data, self.plan = model, cut, extracted, data, plan
-        self.stages, self.depths, self.probe, self.splits, self.outcome = stages, depths, probe, splits, outcome
+        self.stages, self.freezing, self.probe, self.splits, self.outcome = stages, freezing, probe, splits, outcome
         self.clock, self.progress, self.callbacks, self.on_model = clock, progress, tuple(callbacks), on_model
         self.judged = np.concatenate([held for _, held in splits])
         self._temperature = 1.0
@@ -74,7 +74,7 @@ class Tuner:
         try:
             starts = [self._start(origin, rows) for rows, _ in splits]
             rounds, ends = [], list(starts)
-            for stage, depth in zip(self.stages, self.depths, strict=True):
+            for stage, depth in zip(self.stages, self.freezing, strict=True):
                 trainer = self._trainer(stage, depth)
                 chosen, runs = self._measure(trainer, stage, ends)
                 rounds.append({"trainer": trainer, **chosen})
@@ -100,9 +100,9 @@ class Tuner:
         self.outcome.held, self.outcome.held_probabilities = self.judged, self._tuned
         return weights
 
-    def _trainer(self, stage: Stage, depth: int) -> SuffixTrainer:
+    def _trainer(self, stage: Stage, depth: Depth) -> SuffixTrainer:
         freeze(self.model, depth, batch_norm=stage.batch_norm)
-        same = self.cut if depth == self.cut.depth else cut_model(self.model, self.cut.depth)
+        same = self.cut if len(self.stages) == 1 else cut_model(self.model, self.cut.depth)
         assert same is not None  # it could be cut there before
         return SuffixTrainer(
             same.suffix, self.extracted, self.data.labels, self.data.weights, stage, self.plan.batch_size,
@@ -214,7 +214,7 @@ class Tuner:
         rows = self.data.all_rows
         start, goes_on = self._start(origin, rows), len(self.splits) == 1
         end = ends[0] if goes_on else start
-        for chosen, depth in list(zip(rounds, self.depths, strict=True))[-1 if goes_on else 0 :]:
+        for chosen, depth in list(zip(rounds, self.freezing, strict=True))[-1 if goes_on else 0 :]:
             stage, rate, epochs, stop_after = chosen["stage"], chosen["rate"], chosen["epochs"], chosen["used"]
             if goes_on:
                 rate, epochs, stop_after = rate / 3, max(2, round(stop_after / 3)), None

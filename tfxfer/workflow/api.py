@@ -1,5 +1,6 @@
 """The public verbs that need Keras: fit and export."""
 
+import contextlib
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -7,16 +8,20 @@ from typing import Any
 import keras
 import numpy as np
 
-from tfxfer.errors import InputError
+from tfxfer.data import Dataset
+from tfxfer.errors import CheckError, InputError
 from tfxfer.exporters.certify import certify
 from tfxfer.exporters.layout import SAMPLES_FILE, exported_formats
 from tfxfer.exporters.samples import read_samples
-from tfxfer.runtime.progress import Progress
+from tfxfer.exporters.serving import servable
+from tfxfer.runtime.images import decode_images
+from tfxfer.runtime.progress import Lines, Progress
 from tfxfer.sources.catalog import list_sources
-from tfxfer.specs import Certificate, Recipe
+from tfxfer.specs import Certificate, Recipe, Source
 from tfxfer.workflow.planning import make_plan
-from tfxfer.workflow.run import Run, as_run
-from tfxfer.workflow.training import FORMATS, train
+from tfxfer.workflow.run import Run, as_run, write_info
+from tfxfer.workflow.scoring import image_files
+from tfxfer.workflow.training import FORMATS, NUM_SAMPLES, train
 
 
 def fit(
@@ -25,7 +30,7 @@ def fit(
     recipe: str | Recipe | None = None,
     *,
     method: str | None = None,
-    freeze_depth: int | str | None = None,
+    freeze_depth: int | float | str | None = None,
     epochs: int | None = None,
     learning_rate: float | None = None,
     batch_norm: str | None = None,
@@ -43,6 +48,10 @@ def fit(
     time_limit: float | None = None,
     baseline: str | None = None,
     num_seeds: int | None = None,
+    weights: str | Path | None = None,
+    input_range: str | None = None,
+    partial: bool | None = None,
+    trust: Sequence[str] | None = None,
     formats: Sequence[str] = FORMATS,
     config: str | Path | None = None,
     out: str | Path | None = None,
@@ -51,11 +60,12 @@ def fit(
     """Transfer a source to labelled images: train, choose, score, export, verify, and compare with baselines.
 
     Args:
-        model_or_source: A model of `build_model`, or the name of a source; EfficientNet-Lite0 by default.
+        model_or_source: A model of `build_model`, or a source as `get_source` takes it; EfficientNet-Lite0 by default.
         data: A `Dataset`, or whatever `load_data` takes.
         recipe: "auto" (probe, then the last blocks from the probe's solution), "probe", "full", or a `Recipe`.
         method: "fine_tune" (all stages; the default) or "probe" (convex stages only).
-        freeze_depth: Leading blocks frozen while fine-tuning: a count, a block's name, or "all".
+        freeze_depth: Frozen while fine-tuning: leading blocks by count, share (0.7), name or "all"; or "re:PATTERN",
+            any layers with such names.
         epochs: Of fine-tuning; by default six, more where images are few.
         learning_rate: Peak; by default the best of three, measured.
         batch_norm: "frozen" (default), "affine", "adapt" or "train".
@@ -63,7 +73,7 @@ def fit(
         augment: "auto" (default), "mirror" or "none".
         metric: Selected for: "accuracy" (default), "macro_f1" or "balanced_accuracy".
         batch_size: Images a step, default 32.
-        image_size: Side in pixels; the source's own by default.
+        image_size: Side in pixels; by default that of `data` where it was loaded with one, else the source's own.
         dropout: Before the head while fine-tuning, default 0.2.
         seed: Of split, shuffle, dropout and bootstrap, default 0.
         val_fraction: Split off for validation where the data brings none, default 0.2.
@@ -74,10 +84,15 @@ def fit(
         time_limit: Seconds of training, kept between epochs.
         baseline: "quick" (default), "scratch" or "none".
         num_seeds: Repetitions of both sides of the baseline comparison, default 1.
+        weights: File with the source's weights, where they are not its own.
+        input_range: What the source wants pixels scaled to: "0..255", "0..1", "-1..1", "imagenet" or "caffe"; by
+            default what is known of it.
+        partial: Whether the source's weights may be loaded in part; run.json has the report.
+        trust: Modules of your own code that custom objects in a model file may come from.
         formats: Exports; () for none.
         config: A run's config.toml to start from; arguments win over it.
         out: The run's folder; `runs/NAME-N` by default.
-        progress: Told about phases; silent by default.
+        progress: Told about phases; lines on stderr by default, `tfxfer.Progress()` for silence.
 
     Returns:
         The run, complete on disk.
@@ -97,19 +112,33 @@ def fit(
     """
     if data is None:
         raise InputError("fit needs data: a folder, a CSV, a DataFrame, arrays, a tf.data.Dataset or a Dataset.")
-    model = model_or_source if isinstance(model_or_source, keras.Model) else None
+    model, card = (model_or_source if isinstance(model_or_source, keras.Model) else None), None
     source = model_or_source
     if model is not None:
-        source = _source_of(model)
+        card = _card_of(model)
+        source = card.name
         image_size = _image_size_of(model, image_size)
+    if isinstance(data, Dataset) and image_size is None:
+        image_size = data.image_size
     plan = make_plan(
-        config, source=source, recipe=recipe, method=method, freeze_depth=freeze_depth, epochs=epochs,
+        config, card, source=source, recipe=recipe, method=method, freeze_depth=freeze_depth, epochs=epochs,
         learning_rate=learning_rate, batch_norm=batch_norm, augment=augment, metric=metric, batch_size=batch_size,
         image_size=image_size, dropout=dropout, seed=seed, val_fraction=val_fraction, group_by=group_by,
         near_duplicates=near_duplicates,
         time_limit_seconds=time_limit, baseline=baseline, num_seeds=num_seeds,
+        weights=None if weights is None else str(weights), input_range=input_range, partial=partial,
+        trust=None if trust is None else tuple(trust),
     )  # fmt: skip
-    return train(data, plan, model=model, out=out, split=split, callbacks=callbacks, formats=formats, progress=progress)
+    return train(
+        data,
+        plan,
+        model=model,
+        out=out,
+        split=split,
+        callbacks=callbacks,
+        formats=formats,
+        progress=progress or Lines(),
+    )
 
 
 def export(
@@ -117,7 +146,7 @@ def export(
     out: str | Path | None = None,
     *,
     formats: Sequence[str] = FORMATS,
-    samples: np.ndarray | None = None,
+    samples: np.ndarray | Sequence[str | Path] | str | Path | None = None,
     class_names: Sequence[str] | None = None,
     metadata: dict[str, str] | None = None,
 ) -> list[Certificate]:
@@ -127,7 +156,8 @@ def export(
         run_or_model: A run, its folder, or a model of `build_model`, trained by whatever means.
         out: The exports folder; a run's own by default.
         formats: "saved_model", "onnx". Formats that a run's exports folder has already are exported anew beside them.
-        samples: (n, S, S, 3) uint8 real images of the model's own size, needed for a model; a run has its own.
+        samples: Real images to verify with: (n, S, S, 3) uint8 of the model's own size, needed for a model. A run has
+            its own; for one that lost them also image files or folders of such.
         class_names: K names, for a model.
         metadata: Facts to carry along, for a model.
 
@@ -142,6 +172,7 @@ def export(
             raise InputError(
                 "To export a model give `out` and `samples`, real images (n, S, S, 3) uint8 to verify with."
             )
+        samples = _read_samples(samples, servable(run_or_model)[1])
         names = class_names or [str(index) for index in range(run_or_model.output_shape[-1])]
         labels = np.zeros(len(samples), np.int64)
         return certify(
@@ -162,6 +193,7 @@ def _export_run(run: Run, out, formats: Sequence[str], samples, metadata: dict[s
     if samples is None:
         samples, labels, others = _kept_samples(run)
     else:
+        samples = _read_samples(samples, run.info["plan"]["image_size"])
         labels = np.zeros(len(samples), np.int64)
     target = Path(out) if out else own
     present = exported_formats(own) if formats and target.resolve() == own.resolve() else ()
@@ -176,22 +208,38 @@ def _export_run(run: Run, out, formats: Sequence[str], samples, metadata: dict[s
     )  # fmt: skip
     if target.resolve() == own.resolve():
         (run.path / SAMPLES_FILE).unlink(missing_ok=True)  # exports/ has them now
+        run.info["certificates"] = [certificate.to_dict() for certificate in certificates]
+        write_info(run.path, run.info)
     return certificates
 
 
 def _kept_samples(run: Run) -> tuple[np.ndarray, np.ndarray, tuple[np.ndarray, ...]]:
     for path in (run.path / "exports" / SAMPLES_FILE, run.path / SAMPLES_FILE):
-        if path.is_file():
+        with contextlib.suppress(CheckError):  # a damaged one is as good as none
             kept = read_samples(path)[0]
             return kept.images, kept.labels, kept.others[:-1]  # the last is made up, and made again
-    raise InputError(f"{run.path} keeps no samples to verify with ({SAMPLES_FILE} is missing); give `samples`.")
+    raise InputError(
+        f"{run.path} keeps no samples to verify with ({SAMPLES_FILE} is missing or damaged); give real images: "
+        "--samples FOLDER, or `samples` in Python."
+    )
 
 
-def _source_of(model: keras.Model) -> str:
-    names = [card.name for card in list_sources()]
-    if model.name not in names:
-        raise InputError(f"The model {model.name!r} was not made by build_model from a source; give one that was.")
-    return model.name
+def _read_samples(samples: Any, size_px: int) -> np.ndarray:
+    """(n, S, S, 3) uint8 of an array of them, or of up to 64 image files or those in a folder."""
+    if isinstance(samples, np.ndarray):
+        return samples
+    paths = [samples] if isinstance(samples, str | Path) else list(samples)
+    return decode_images(image_files([Path(path) for path in paths])[:NUM_SAMPLES], size_px)
+
+
+def _card_of(model: keras.Model) -> Source:
+    """The card of the source that a model was built from; once saved and loaded, only by its name."""
+    card = getattr(model, "source_card", None) or next((c for c in list_sources() if c.name == model.name), None)
+    if card is None:
+        raise InputError(
+            f"It is not known from which source the model {model.name!r} was built; give one that build_model returned."
+        )
+    return card
 
 
 def _image_size_of(model: keras.Model, image_size: int | None) -> int:

@@ -2,6 +2,7 @@
 
 import csv
 import functools
+import importlib
 import json
 import re
 from collections.abc import Sequence
@@ -10,8 +11,10 @@ from typing import Any
 
 import numpy as np
 
-from tfxfer.errors import InputError
-from tfxfer.runtime.files import atomic_path, write_json
+from tfxfer.data.values import as_images
+from tfxfer.errors import CheckError, InputError
+from tfxfer.runtime.files import atomic_path, sha256_of_file, write_json
+from tfxfer.sources.safety import check_keras_archive
 
 RUN_FILE = "run.json"
 MODEL_FILE = "model.keras"
@@ -23,6 +26,7 @@ class Run:
     Attributes:
         path: Its folder.
         info: What run.json holds.
+        trusted: Modules of the user's own code that custom objects in model.keras may come from.
 
     Example:
         >>> run = load_run("runs/clothing-1")  # doctest: +SKIP
@@ -30,9 +34,10 @@ class Run:
         0.86
     """
 
-    def __init__(self, path: Path, info: dict[str, Any]):
+    def __init__(self, path: Path, info: dict[str, Any], trusted: Sequence[str] = ()):
         self.path = Path(path)
         self.info = info
+        self.trusted = tuple(trusted)
 
     def __repr__(self) -> str:
         return f"Run({str(self.path)!r})"
@@ -50,14 +55,14 @@ class Run:
     @functools.cached_property
     def model(self) -> Any:
         """The trained `keras.Model`: images (N, H, W, C) in 0..255 to probabilities."""
-        import keras
-
-        import tfxfer.model.preprocess  # noqa: F401  registers AdaptImage
-
         path = self.path / MODEL_FILE
         if not path.is_file():
             raise InputError(f"{self.path} has no {MODEL_FILE}; it is no finished run.")
-        return keras.models.load_model(path, compile=False)
+        digest = self.info.get("model", {}).get("sha256")
+        if digest and sha256_of_file(path) != digest:
+            raise CheckError(f"{path} is not the model that the run recorded; train or copy it again.")
+        check_keras_archive(path, trusted=self.trusted)
+        return _loaded(path, self.trusted, self.info.get("source", {}).get("kind", ""))
 
     @property
     def history(self) -> list[dict[str, Any]]:
@@ -78,12 +83,14 @@ class Run:
         """Predict on paths or arrays, with the ONNX artifact where there is one (no TensorFlow is imported then).
 
         Args:
-            images: (N, H, W, 3) uint8, or a list of paths, bytes and arrays (H, W, C) uint8.
+            images: (N, H, W, 3) uint8 or numbers in 0..255, or a list of paths, bytes and arrays (H, W, C) uint8.
             top_k: Return names instead of numbers.
 
         Returns:
             (N, K) float32 probabilities; with `top_k` a list for each image of (class name, probability).
         """
+        if isinstance(images, np.ndarray) and images.dtype != np.uint8:
+            images = np.stack(as_images(images))  # floats of another range are refused
         predict = self._predictor()
         probabilities = predict(images)
         if top_k is None:
@@ -96,6 +103,9 @@ class Run:
         if self.onnx_path:
             from tfxfer.runtime.predictor import OnnxPredictor
 
+            certified = [c["sha256"] for c in self.info.get("certificates", ()) if c["format"] == "onnx"]
+            if certified and sha256_of_file(self.onnx_path) not in certified:
+                raise CheckError(f"{self.onnx_path} is not the file that was certified; run: tfxfer export {self.path}")
             return OnnxPredictor(self.onnx_path).predict
         return functools.partial(predict_with_keras, self.model, self.info["plan"]["image_size"])
 
@@ -112,8 +122,29 @@ def predict_with_keras(model: Any, size_px: int, images: np.ndarray | Sequence) 
     return model.predict(images, verbose=0, batch_size=64)
 
 
-def load_run(path: str | Path) -> Run:
+def _loaded(path: Path, trusted: Sequence[str], kind: str) -> Any:
+    import keras
+
+    import tfxfer.model.preprocess
+    import tfxfer.sources.hub_layer  # noqa: F401  both register their layers
+
+    for module in (*trusted, *(["keras_hub"] if kind == "kerashub" else [])):
+        importlib.import_module(module)
+    try:
+        return keras.models.load_model(path, compile=False)
+    except ValueError as error:  # Keras puts what its layers raise into a story of its own
+        cause = error.__cause__ or error.__context__
+        if isinstance(cause, InputError):
+            raise cause from None
+        raise CheckError(f"Keras cannot open {path}: {' '.join(str(error).split())[:300]}") from None
+
+
+def load_run(path: str | Path, *, trusted: Sequence[str] = ()) -> Run:
     """Open a run folder.
+
+    Args:
+        path: The folder.
+        trusted: Modules of your own code that custom objects in model.keras may come from.
 
     Raises:
         InputError: Where the folder is missing or holds no run.json.
@@ -129,7 +160,7 @@ def load_run(path: str | Path) -> Run:
         info["data"]["classes"], info["plan"]["image_size"]
     except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError):
         raise InputError(f"{file} is damaged; the run cannot be opened.") from None
-    return Run(path, info)
+    return Run(path, info, trusted)
 
 
 def as_run(run: Run | str | Path) -> Run:

@@ -95,7 +95,9 @@ def verify(path: Path | str, *, tolerance: float = TOLERANCE) -> list[Certificat
     path = Path(path)
     if (path / RUN_FILE).is_file():
         digest = load_run(path).info.get("model", {}).get("sha256")
-        if digest and (not (path / MODEL_FILE).is_file() or sha256_of_file(path / MODEL_FILE) != digest):
+        if digest and not (path / MODEL_FILE).is_file():
+            raise CheckError(f"{path / MODEL_FILE} is missing; copy it there again.")
+        if digest and sha256_of_file(path / MODEL_FILE) != digest:
             raise CheckError(f"{path / MODEL_FILE} is not the model that the run recorded; train or copy it again.")
     return verify_exports(path, tolerance=tolerance)
 
@@ -139,10 +141,10 @@ def predict_files(paths: Sequence[Path], *, source: str | None = None, top_k: in
         InputError: Where there is nothing to predict on.
     """
     if source:
-        files, size = _image_files(paths), get_source(source).image_size_px
+        files, size = image_files(paths), get_source(source).image_size_px
     else:
         run = load_run(paths[0])
-        files, size = _image_files(paths[1:]), run.info["plan"]["image_size"]
+        files, size = image_files(paths[1:]), run.info["plan"]["image_size"]
     pixels, kept, refused = [], [], []
     for file in files:
         try:
@@ -160,7 +162,12 @@ def predict_files(paths: Sequence[Path], *, source: str | None = None, top_k: in
     }
 
 
-def _image_files(paths: Sequence[Path]) -> list[Path]:
+def image_files(paths: Sequence[Path]) -> list[Path]:
+    """Image files, and those in folders however deep, in order.
+
+    Raises:
+        InputError: Where a path is missing, or there is no image.
+    """
     files: list[Path] = []
     for path in paths:
         if path.is_dir():

@@ -20,8 +20,8 @@ from tfxfer.exporters.layout import SAMPLES_FILE
 from tfxfer.exporters.samples import Samples, make_samples, write_samples
 from tfxfer.methods import METHODS
 from tfxfer.metrics import SplitMismatchWarning, score, split_warning
-from tfxfer.model.blocks import list_blocks, resolve_depth
-from tfxfer.model.build import build_model
+from tfxfer.model.build import assemble
+from tfxfer.model.freeze import frozen_units
 from tfxfer.registry import lookup
 from tfxfer.runtime.files import atomic_path, sha256_of_file, write_text
 from tfxfer.runtime.images import resize_image
@@ -29,11 +29,13 @@ from tfxfer.runtime.process import seconds_since_start, versions
 from tfxfer.runtime.progress import Progress
 from tfxfer.select.baseline import judge_baselines, quick_baselines
 from tfxfer.select.scratch import train_from_scratch
-from tfxfer.sources.catalog import get_source
+from tfxfer.sources.catalog import load_with_report
 from tfxfer.specs import Plan, Source, Stage
 from tfxfer.train.clock import Clock
 from tfxfer.train.outcome import Outcome, TrainingData
 from tfxfer.train.stages import run_stages
+from tfxfer.workflow.inspecting import auto_depth
+from tfxfer.workflow.planning import source_of
 from tfxfer.workflow.run import MODEL_FILE, Run, new_run_folder, write_history, write_info
 from tfxfer.workflow.start import read_data
 
@@ -46,6 +48,7 @@ def train(
     plan: Plan,
     *,
     model: keras.Model | None = None,
+    card: Source | None = None,
     out: str | Path | None = None,
     split: str | Path | None = None,
     callbacks: Sequence[keras.callbacks.Callback] = (),
@@ -56,19 +59,21 @@ def train(
     folder = new_run_folder(
         out, Path(str(data)).name if isinstance(data, str | Path) else getattr(data, "name", "data")
     )
-    return _Job(data, plan, folder, model, split, tuple(callbacks), tuple(formats), progress or Progress()).run()
+    return _Job(data, plan, folder, model, split, tuple(callbacks), tuple(formats), progress or Progress(), card).run()
 
 
 class _Job:
-    def __init__(self, data, plan: Plan, folder: Path, model, split, callbacks, formats, progress: Progress):
+    def __init__(self, data, plan: Plan, folder: Path, model, split, callbacks, formats, progress: Progress, card):
         self.plan, self.folder, self.progress = plan, folder, progress
         self.callbacks, self.formats = callbacks, formats
-        self.card: Source = get_source(plan.source)
+        self.card: Source = card or source_of(plan)
         self.stages: tuple[Stage, ...] = lookup(METHODS, plan.method, "method")(plan.recipe)
         self.seconds: dict[str, float] = {}
         self.clock = Clock(plan.time_limit_seconds)
         self.given_model = model
         self.info: dict[str, Any] = {}
+        if callbacks and all(stage.solver == "convex" for stage in self.stages):
+            raise InputError("Without fine-tuning there are no epochs, so callbacks would do nothing; drop them.")
         if model is not None and plan.num_seeds > 1:
             raise InputError("num_seeds above 1 builds the model anew for each seed; give the source's name instead.")
         for name in formats:
@@ -81,6 +86,11 @@ class _Job:
     def run(self) -> Run:
         try:
             return self._run()
+        except KeyboardInterrupt:
+            if not (self.folder / MODEL_FILE).exists():
+                raise
+            self._write("interrupted")
+            raise Interrupted(f"Interrupted; the best model so far is {self.folder / MODEL_FILE}.") from None
         except BaseException:
             if not (self.folder / MODEL_FILE).exists() and (self.folder / "config.toml").exists():
                 shutil.rmtree(self.folder, ignore_errors=True)  # nothing was trained: the name is free again
@@ -102,8 +112,7 @@ class _Job:
         write_history(self.folder / "history.csv", outcome.history)
         self._score_held(training, outcome)
         if outcome.interrupted:
-            self._write("interrupted")
-            raise Interrupted(f"Interrupted; the best model so far is {self.folder / MODEL_FILE}.")
+            raise KeyboardInterrupt
         probabilities = self._score_test(model)
         self._write("exporting")  # a failed export must not cost what was measured
         if self.formats:
@@ -114,7 +123,7 @@ class _Job:
         else:
             self._judge(training, outcome, probabilities)
         self._write("complete")
-        return Run(self.folder, self.info)
+        return Run(self.folder, self.info, self.plan.trust)
 
     # -- steps ------------------------------------------------------------------------------------------------------
 
@@ -126,12 +135,19 @@ class _Job:
             self.progress.phase(f"loading {self.card.name}")
             keras.utils.set_random_seed(plan.seed)
             with self._timed("build_model"):
-                model = build_model(self.card, self.dataset, image_size=plan.image_size, dropout=plan.dropout)
-        blocks = list_blocks(model)
+                model = self._from_source(plan)
         for stage in self.stages:  # a wrong depth is refused before anything is computed
             if stage.freeze_depth != "auto":
-                resolve_depth(blocks, stage.freeze_depth)
+                frozen_units(model, stage.freeze_depth)
         return model
+
+    def _from_source(self, plan: Plan) -> keras.Model:
+        backbone, report = load_with_report(self.card, image_size=plan.image_size)
+        if report is not None:
+            self.info["load_report"] = report.to_dict()
+            if not report.complete:
+                self.progress.note(str(report))
+        return assemble(backbone, self.card, self.dataset, dropout=plan.dropout)
 
     def _training_data(self) -> TrainingData:
         train, val = self.dataset.part("train"), self.dataset.part("val")
@@ -160,7 +176,7 @@ class _Job:
     def _train(self, model, training: TrainingData, plan: Plan, save) -> Outcome:
         with self._timed("train"):
             return run_stages(
-                model, plan, self.stages, training, auto_depth=self.card.fine_tune_depth, clock=self.clock,
+                model, plan, self.stages, training, auto_depth=auto_depth(self.card), clock=self.clock,
                 progress=self.progress, callbacks=self.callbacks, on_model=lambda stage: save(model, stage),
             )  # fmt: skip
 
@@ -169,13 +185,15 @@ class _Job:
             model.save(temporary)
         ready = self.info.setdefault("timings", {}).setdefault("model_ready_after_process_start", {})
         ready[stage] = round(seconds_since_start(), 2)
+        self.info["model"] = {"file": MODEL_FILE, "sha256": sha256_of_file(self.folder / MODEL_FILE)}
+        self._write("training")
         self.progress.note(f"saved {self.folder / MODEL_FILE} ({stage})")
 
     def _describe(self) -> None:
         card = self.card
         self.info |= {
             "source": {
-                "name": card.name, "sha256": card.weights.get("sha256", ""), "licence": card.licence,
+                "name": card.name, "kind": card.kind, "sha256": card.weights.get("sha256", ""), "licence": card.licence,
                 "title": card.title, "paper": card.paper, "url": card.url,
             },
             "data": self.dataset.summary(),
@@ -191,7 +209,6 @@ class _Job:
             "freeze_audit": outcome.audit,
             "cache": outcome.cache,
             "out_of_time": outcome.out_of_time,
-            "model": {"file": MODEL_FILE, "sha256": sha256_of_file(self.folder / MODEL_FILE)},
         }
         self.seconds |= {f"train.{phase}": seconds for phase, seconds in outcome.seconds.items()}
 
@@ -264,7 +281,7 @@ class _Job:
                 model = self._build(plan)
                 self.clock = Clock(plan.time_limit_seconds)
                 if self._train(model, training, plan, lambda model, stage: None).interrupted:
-                    raise Interrupted(f"Interrupted while repeating; {self.folder / MODEL_FILE} is complete.")
+                    raise KeyboardInterrupt
                 ours.append(model.predict(pixels, batch_size=64, verbose=0))
             tables, fact = self._baselines(training, outcome, plan, pixels)
             theirs.append(tables)
