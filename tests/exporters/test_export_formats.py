@@ -15,6 +15,7 @@ from tiny_network import FAULTS, METADATA, NAMES, SIZE_PX
 
 from tfxfer.errors import InputError
 from tfxfer.exporters import EXPORTERS
+from tfxfer.exporters.onnx import export_onnx
 from tfxfer.exporters.serving import servable
 from tfxfer.model.preprocess import AdaptImage
 from tfxfer.runtime.images import decode_image
@@ -160,3 +161,15 @@ def test_no_images_no_export():
     table = keras.Sequential([keras.Input((7,)), keras.layers.Dense(4, activation="softmax")], name="table")
     with pytest.raises(InputError, match=r"'table'.*\(None, 7\)"):
         servable(table)
+
+
+def test_exact_gelu_converts(tmp_path):
+    network = keras.Sequential(
+        [keras.Input((8, 8, 3)), keras.layers.Rescaling(1 / 64), keras.layers.Conv2D(4, 3),
+         keras.layers.Activation("gelu"), keras.layers.GlobalAveragePooling2D(), keras.layers.Dense(3),
+         keras.layers.Softmax()]
+    )  # fmt: skip
+    export_onnx(network, tmp_path, class_names=["a", "b", "c"], metadata={})
+    images = np.random.default_rng(0).integers(0, 256, (5, 8, 8, 3), np.uint8)
+    (found,) = onnxruntime.InferenceSession(str(tmp_path / "model.onnx")).run(["probabilities"], {"images": images})
+    np.testing.assert_allclose(found, network.predict(images.astype("float32"), verbose=0), atol=1e-6)

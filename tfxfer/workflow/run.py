@@ -128,7 +128,7 @@ def _loaded(path: Path, trusted: Sequence[str], kind: str) -> Any:
     import tfxfer.model.preprocess
     import tfxfer.sources.hub_layer  # noqa: F401  both register their layers
 
-    for module in (*trusted, *(["keras_hub"] if kind == "kerashub" else [])):
+    for module in (*trusted, *(["tfxfer.sources.kerashub_layer", "keras_hub"] if kind == "kerashub" else [])):
         importlib.import_module(module)
     try:
         return keras.models.load_model(path, compile=False)

@@ -37,7 +37,11 @@ FUNCTION_MODULES = {
     "keras.src.losses.losses",
     "keras.src.metrics.accuracy_metrics",
 }
-OURS = {"tfxfer>AdaptImage": "AdaptImage", "tfxfer>HubLayer": "HubLayer"}
+OURS = {
+    "tfxfer>AdaptImage": "AdaptImage",
+    "tfxfer>HubBackbone": "HubBackbone",
+    "tfxfer>HubLayer": "HubLayer",
+}
 # Why, where the mere "not on the list" would leave the user wondering.
 REASONS = {
     "Lambda": "holds Python code",
