@@ -92,3 +92,9 @@ def test_names_are_compared_as_people_read_them():
     assert tfxfer.keep_source_classes(model, "efficientnet_lite0_imagenet", names) == {
         "Golden_Retriever": "Golden Retriever"
     }
+
+
+def test_a_first_layer_that_is_no_plain_convolution_is_refused():
+    network = keras.Sequential([keras.Input((8, 8, 3)), keras.layers.SeparableConv2D(4, 3), keras.layers.Flatten()])
+    with pytest.raises(InputError, match="which is no convolution of the image"):
+        with_channels(network, 5)

@@ -298,3 +298,10 @@ def test_the_listing_adds_up():
     assert sum(state.num_parameters for state in states.values()) == model.count_params()
     assert (states["b_bn"].block, states["b_bn"].num_parameters, states["b_bn"].num_trainable) == ("b_conv", 24, 12)
     assert (states["logits"].block, states["logits"].num_trainable) == ("head", 18)
+
+
+def test_statistics_are_adapted_where_nothing_is_frozen_and_nowhere_else():
+    model = freeze(norm_model(), "re:^b_bn$|^a_", batch_norm="adapt")
+    before = values(model)
+    adapt_batch_norm(model, IMAGES)
+    assert moved(before, model) == {"c_bn/moving_mean", "c_bn/moving_variance"}

@@ -59,7 +59,9 @@ def module(folders):
 
 
 def build(folder, head=3, **given):
-    return tfxfer.build_model(get_source(f"hub:{folder}"), head, image_size=SIZE_PX, **{"dropout": 0.0, **given})
+    return tfxfer.build_model(
+        get_source(f"hub:{folder}", input_range="0..1"), head, image_size=SIZE_PX, **{"dropout": 0.0, **given}
+    )
 
 
 def features_of(folder, scaled: np.ndarray) -> np.ndarray:
@@ -98,7 +100,7 @@ def moved_by_training(model, **compiled) -> set[str]:
 @pytest.mark.parametrize("kind", KINDS)
 def test_features_are_those_of_the_saved_model(folders, kind):
     scaled = pictures(5).astype("float32") / 255
-    backbone = load_backbone(f"hub:{folders[kind]}", image_size=SIZE_PX)
+    backbone = load_backbone(get_source(f"hub:{folders[kind]}", input_range="0..1"), image_size=SIZE_PX)
     found = backbone.predict(scaled, verbose=0)
     np.testing.assert_allclose(found, features_of(folders[kind], scaled), atol=1e-6)
     np.testing.assert_allclose(np.concatenate([backbone(scaled[:1]), backbone(scaled[1:])]), found, atol=1e-5)
@@ -119,7 +121,9 @@ def test_the_spelling_alone_builds_a_model(module):
 
 
 def test_the_old_output_is_kept_where_asked(folders):
-    logits = load_backbone(f"hub:{folders['export']}", image_size=SIZE_PX, include_top=True)
+    logits = load_backbone(
+        get_source(f"hub:{folders['export']}", input_range="0..1"), image_size=SIZE_PX, include_top=True
+    )
     assert logits.output_shape == (None, 5)
     with pytest.raises(InputError, match=r"needed are floats \(N, K\)"):
         load_backbone(f"hub:{folders['plain']}", include_top=True)
@@ -205,7 +209,7 @@ def test_blocks_of_variables_without_names():
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_blocks_hold_every_variable_once_in_the_order_of_the_network(folders, kind):
-    layer = program_of(load_backbone(f"hub:{folders[kind]}", image_size=SIZE_PX))
+    layer = program_of(load_backbone(get_source(f"hub:{folders[kind]}", input_range="0..1"), image_size=SIZE_PX))
     found = [id(variable) for variables in layer.variable_blocks.values() for variable in variables]
     assert sorted(found) == sorted(map(id, layer.weights)) and len(found) == (4 if kind == "plain" else 15)
     names = ["part_1", "part_2"] if kind == "plain" else ["stem_conv", "block_1", "block_2"]
@@ -601,3 +605,9 @@ def test_a_run_from_a_hub_module_reloads_elsewhere(digits_folder, module, tmp_pa
 def test_the_source_may_be_named_otherwise(module):
     card = dataclasses.replace(get_source(f"hub:{module}"), name="small")
     assert tfxfer.build_model(card, 2, image_size=SIZE_PX).name == "small"
+
+
+def test_what_keras_exported_asks_for_its_range(folders):
+    with pytest.raises(InputError, match=r"does not say what pixels it wants; give --input-range: 0\.\.255, 0\.\.1"):
+        get_source(f"hub:{folders['export']}")
+    assert get_source(f"hub:{folders['export']}", input_range="0..255").scale == (1.0,) * 3

@@ -193,16 +193,9 @@ def test_a_huge_declared_shape_and_foreign_files_are_not_read(saved, tmp_path):
             name = group.attrs["weight_names"][1]
             del group[name]
             change(group, name, path)
-        if change is _huge:
-            report = load_matching_weights(model, hostile)
-            (differing,) = (entry for entry in report.layers if entry.state == "differs")
-            assert differing.layer == "c"
-            assert differing.detail == "bias (1099511627776,) in the file; bias (4,) in the model"
-            model.set_weights(before)
-        else:
-            with pytest.raises(InputError, match=r"is not what model.save"):
-                load_matching_weights(model, hostile)
-            assert all(np.array_equal(left, right) for left, right in zip(before, model.get_weights(), strict=True))
+        with pytest.raises(InputError, match=r"was not loaded"):
+            load_matching_weights(model, hostile)
+        assert all(np.array_equal(left, right) for left, right in zip(before, model.get_weights(), strict=True))
 
 
 def _huge(group, name, _):

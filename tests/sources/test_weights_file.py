@@ -252,3 +252,16 @@ def test_the_report_goes_into_run_json():
             {"layer": "c", "state": "missing", "num_parameters": 5, "detail": ""},
         ],
     }
+
+
+def test_layers_that_keras_counted_are_found_by_their_order(tmp_path):
+    def trunk(count):
+        convolutions = [keras.layers.Conv2D(3, 3, padding="same") for _ in range(count)]
+        return keras.Sequential([keras.Input((8, 8, 3)), *convolutions])
+
+    whole = with_values(trunk(6), seed=5)
+    whole.save(tmp_path / "six.keras")
+    first = trunk(3)  # Keras counted on: its names are those of the last three of the file, if anything
+    load_weights_file(first, tmp_path / "six.keras", partial=True)
+    for one, other in zip(first.weights, whole.weights[:6], strict=True):
+        np.testing.assert_array_equal(one.numpy(), other.numpy())

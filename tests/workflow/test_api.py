@@ -122,3 +122,22 @@ def test_an_export_without_samples_is_refused(run_copy, tmp_path):
         tfxfer.export(logits, tmp_path / "out", formats=("onnx",), samples=np.zeros((2, 32, 32, 3), np.uint8))
     assert not (tmp_path / "out").exists()
     assert isinstance(model, keras.Model)
+
+
+def test_a_model_keeps_the_card_that_it_was_built_from(digits, tmp_path):
+    images, labels = digits
+    network = keras.Sequential(
+        [keras.Input((32, 32, 3)), keras.layers.Conv2D(4, 3, name="a"), keras.layers.Conv2D(4, 3, name="b"),
+         keras.layers.GlobalAveragePooling2D()]
+    )  # fmt: skip
+    model = tfxfer.build_model(network, [str(digit) for digit in range(10)], input_range="0..1")
+    run = tfxfer.fit(model, (images[:120], labels[:120]), method="probe", out=tmp_path / "run", **QUICK)
+    assert run.info["source"]["licence"] == "unknown" and len(run.info["source"]["sha256"]) == 64
+    assert run.model.get_layer("normalise").scale[0] == pytest.approx(1 / 255)
+
+
+def test_weights_that_are_not_finite_are_refused(digits, tmp_path):
+    network = keras.Sequential([keras.Input((8, 8, 3)), keras.layers.Conv2D(2, 3), keras.layers.Flatten()])
+    network.layers[0].kernel.assign(np.full((3, 3, 3, 2), np.nan))
+    with pytest.raises(InputError, match="hold NaN or infinity"):
+        tfxfer.build_model(network, 3, input_range="0..1")

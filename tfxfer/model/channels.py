@@ -42,8 +42,14 @@ def with_channels(backbone: keras.Model, channels: int) -> keras.Model:
     changed = [
         (new, old.numpy()) for new, old in zip(wider.weights, backbone.weights, strict=True) if new.shape != old.shape
     ]
+    plain = {
+        id(variable)
+        for layer in wider._flatten_layers()
+        if isinstance(layer, keras.layers.Conv2D)
+        for variable in layer.weights
+    }
     for new, old in changed:
-        if old.ndim != 4 or new.shape[:2] != old.shape[:2] or new.shape[-1] != old.shape[-1]:
+        if id(new) not in plain or old.ndim != 4 or new.shape[:2] != old.shape[:2] or new.shape[-1] != old.shape[-1]:
             raise InputError(
                 f"{backbone.name!r} cannot take {channels} channels: its weights {new.path} change from {old.shape} to "
                 f"{tuple(new.shape)}, which is no convolution of the image."

@@ -55,6 +55,7 @@ def freeze(model: keras.Model, depth: Depth = "all", *, batch_norm: str = "affin
     frozen = frozen_units(backbone, depth)
     model.trainable = True
     backbone.trainable = True
+    backbone.frozen_units = frozen  # for `adapt_batch_norm`: flags alone do not tell frozen from waiting
     holder = program_of(backbone)
     if holder is not None:
         holder.freeze_blocks(frozen, batch_norm=batch_norm)
@@ -232,6 +233,9 @@ def adapt_batch_norm(model: keras.Model, images, *, batch_size: int = 64) -> ker
     ]
     trained = [block for block in blocks if any(id(v) in moving for layer in block for v in layer.variables)]
     norms = [norm for block in trained for layer in block for norm in _norms(layer)]
+    frozen = getattr(backbone, "frozen_units", None)
+    if frozen is not None:
+        norms = [norm for name, layer in units_of(backbone) if name not in frozen for norm in _norms(layer)]
     kept = [(layer.momentum, layer.trainable) for layer in norms]
     try:
         for layer in norms:

@@ -12,6 +12,7 @@ from tfxfer.errors import InputError, did_you_mean
 from tfxfer.registry import lookup, merge
 from tfxfer.sources import KINDS, PREFIXES, SUFFIXES
 from tfxfer.sources.report import LoadReport
+from tfxfer.sources.safety import check_finite
 from tfxfer.specs import Source
 
 
@@ -127,7 +128,10 @@ def load_with_report(
     card = _card_of(source)
     size_px = check_image_size(card, image_size)
     kind = lookup(KINDS, card.kind, "source kind")()
-    return kind.load(card, size_px, weights=weights, include_top=include_top, seed=seed)
+    model, report = kind.load(card, size_px, weights=weights, include_top=include_top, seed=seed)
+    if weights:
+        check_finite(((variable.path, variable) for variable in model.weights), f"The weights of {card.name!r}")
+    return model, report
 
 
 def class_names_of(source: str | Source) -> tuple[str, ...]:

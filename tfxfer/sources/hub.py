@@ -26,7 +26,7 @@ from tfxfer.sources.hub_layer import (
     pick_output,
     reason,
 )
-from tfxfer.sources.ranges import range_facts
+from tfxfer.sources.ranges import RANGES, range_facts
 from tfxfer.sources.report import LoadReport
 from tfxfer.sources.safety import check_saved_model, extract_archive
 from tfxfer.specs import Source
@@ -42,7 +42,7 @@ def describe(
     """The card of a SavedModel, from its graph; see `tfxfer.sources`.
 
     Pixels are scaled to 0..1, the convention of TF Hub, unless the program takes whole numbers or `input_range` says
-    otherwise; the graph itself does not tell.
+    otherwise; the graph itself does not tell. What Keras exported follows no convention, so it must be said there.
 
     Raises:
         InputError: Where there is none, the gate refuses it, or it does not take images.
@@ -55,6 +55,11 @@ def describe(
         digest = sha256_of_folder(folder)
     side = anatomy.input_shape[1]
     whole = anatomy.input_dtype.startswith(("int", "uint"))
+    if anatomy.endpoint == "serve" and not input_range and not whole:
+        raise InputError(
+            f"{spelling} was exported by Keras, and its graph does not say what pixels it wants; give --input-range: "
+            f"{', '.join(RANGES)} (0..255 where the model rescales by itself)."
+        )
     blocks = group_slots(anatomy.slots)
     return Source(
         name=spelling,
@@ -62,7 +67,7 @@ def describe(
         title=f"SavedModel, {len(anatomy.slots)} variables in {len(blocks)} blocks, called by {anatomy.endpoint}",
         licence="unknown",
         reference=reference,
-        weights={"file": reference if _is_handle(reference) else str(folder), "sha256": digest},
+        weights={"file": reference, "sha256": digest},
         image_size_px=side or IMAGE_SIZE_PX,
         min_image_size_px=side or 1,
         fixed_size=side is not None,

@@ -114,9 +114,15 @@ def _run(folder: Path, input_range: str) -> tuple[Path, str, dict[str, Any]]:
         info = json.loads(file.read_text(encoding="utf-8"))
         digest, classes = info["model"]["sha256"], tuple(info["data"]["classes"])
         licence, origin = info["source"]["licence"], info["source"]["name"]
+        kind = info["source"].get("kind", "")
         name = info["model"]["file"]
     except (ValueError, KeyError, TypeError):
         raise InputError(f"{file} is damaged or of a run that was not finished; it cannot be a source.") from None
+    if kind in ("hub", "kerashub"):
+        raise InputError(
+            f"{folder} was trained from {origin!r}, whose program cannot be built anew from the run; name {origin!r} "
+            "as the source, or go on in Python with load_run(...).model."
+        )
     path = folder / Path(name).name
     if not path.is_file():
         raise InputError(f"{folder} has no {name}; it is no finished run.")

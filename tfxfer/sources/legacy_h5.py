@@ -16,6 +16,7 @@ from tfxfer.errors import InputError
 from tfxfer.runtime.files import sha256_of_file
 from tfxfer.sources.builders import build_network
 from tfxfer.sources.report import LayerReport, LoadReport
+from tfxfer.sources.safety import check_finite, check_h5
 from tfxfer.sources.stored_weights import attribute_texts, is_own_dataset, variable_name
 from tfxfer.specs import Source
 
@@ -60,12 +61,14 @@ def load_matching_weights(model: Any, path: str | Path, *, by: str = "order") ->
     except OSError as error:
         why = "there is no such file" if not path.exists() else f"it is not HDF5 ({error})"
         raise InputError(f"Cannot read {path}: {why}.") from None
+    check_h5(path)
     with file:
         stored = _stored_layers(file, path)
         layers = _model_layers(model)
         report, fitting = _compare(model, str(path), layers, stored, _pairs(layers, stored, by, path))
         if not fitting:
             raise InputError(f"No layer of {model.name!r} fits {path}, nothing was loaded:\n{report}")
+        check_finite(((dataset.name, dataset[()]) for _, dataset in fitting), f"The weights in {path}")
         for weight, dataset in fitting:
             weight.assign(dataset[()])
     return report

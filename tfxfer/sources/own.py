@@ -12,6 +12,7 @@ import numpy as np
 
 from tfxfer.errors import InputError, did_you_mean
 from tfxfer.runtime.files import sha256_of_file
+from tfxfer.sources.fresh import fresh_names_and_seeds
 from tfxfer.sources.network import Network, build, check_digest, network_facts, own_module, read_network
 from tfxfer.sources.report import LoadReport
 from tfxfer.sources.stored_weights import statistics_of
@@ -145,7 +146,8 @@ def _result(spelling: str, function: Any, size_px: int | None) -> Any:
 
     takes_size = "image_size" in inspect.signature(function).parameters
     try:
-        model = function(image_size=size_px) if takes_size and size_px is not None else function()
+        with fresh_names_and_seeds(0):  # the same names at each call: weights of a file are found by them
+            model = function(image_size=size_px) if takes_size and size_px is not None else function()
     except Exception as error:
         raise InputError(f"{spelling!r} failed: {type(error).__name__}: {error}") from error
     if not isinstance(model, keras.Model):

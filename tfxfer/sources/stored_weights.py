@@ -75,7 +75,7 @@ def open_stored(path: Path, *, leaves: Sequence[str] = ()) -> Iterator[Stored]:
     with contextlib.ExitStack() as stack:
         try:
             content: Any = path
-            if path.suffix == ".keras":
+            if path.suffix.lower() == ".keras":
                 content = stack.enter_context(tempfile.TemporaryFile())
                 with zipfile.ZipFile(path) as archive, archive.open("model.weights.h5") as member:
                     shutil.copyfileobj(member, content)

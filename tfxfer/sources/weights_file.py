@@ -207,16 +207,26 @@ def _matched(wanted: Sequence[Unit], stored: Stored, automatic: frozenset[str]) 
     here = _by_base([unit for unit in wanted if _counted(unit, automatic)], automatic)
     there = _by_base([unit for unit in stored.units if _counted(unit, automatic)], automatic)
     for base, units in here.items():
-        others = there.get(base, [])
-        names = {unit.path: unit for unit in others}
-        if all(unit.path in names for unit in units):  # the very names: a part of the same network
-            pairs |= {unit.path: names[unit.path] for unit in units}
-        else:
-            pairs |= {unit.path: other for unit, other in zip(units, others, strict=False)}
+        # Counted names say how many were built before, not which layer it is: their order does.
+        pairs |= {unit.path: other for unit, other in zip(units, there.get(base, []), strict=False)}
     taken = {id(unit) for unit in pairs.values()}
     left = [unit for unit in wanted if unit.path not in pairs]
     spare = [unit for unit in stored.units if id(unit) not in taken]
-    return pairs | _by_order(left, spare, doubtful=by_name)
+    found = _by_order(left, spare, doubtful=by_name)
+    return pairs | _in_order(found, pairs, wanted, stored.units)
+
+
+def _in_order(
+    found: dict[str, Unit], pairs: dict[str, Unit], wanted: Sequence[Unit], units: Sequence[Unit]
+) -> dict[str, Unit]:
+    """Those pairs found by order that do not cross one found by name: what comes later here comes later there."""
+    place = {id(unit): index for index, unit in enumerate(units)}
+    fixed = [(index, place[id(pairs[unit.path])]) for index, unit in enumerate(wanted) if unit.path in pairs]
+    return {
+        unit.path: found[unit.path]
+        for index, unit in enumerate(wanted)
+        if unit.path in found and all((index < here) == (place[id(found[unit.path])] < there) for here, there in fixed)
+    }
 
 
 def _by_name(wanted: Sequence[Unit], units: Sequence[Unit]) -> dict[str, Unit]:

@@ -133,6 +133,7 @@ def fit(
         data,
         plan,
         model=model,
+        card=card,
         out=out,
         split=split,
         callbacks=callbacks,

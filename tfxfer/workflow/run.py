@@ -14,7 +14,7 @@ import numpy as np
 from tfxfer.data.values import as_images
 from tfxfer.errors import CheckError, InputError
 from tfxfer.runtime.files import atomic_path, sha256_of_file, write_json
-from tfxfer.sources.safety import check_keras_archive
+from tfxfer.sources.safety import check_finite, check_keras_archive
 
 RUN_FILE = "run.json"
 MODEL_FILE = "model.keras"
@@ -58,8 +58,7 @@ class Run:
         path = self.path / MODEL_FILE
         if not path.is_file():
             raise InputError(f"{self.path} has no {MODEL_FILE}; it is no finished run.")
-        digest = self.info.get("model", {}).get("sha256")
-        if digest and sha256_of_file(path) != digest:
+        if sha256_of_file(path) != self.info.get("model", {}).get("sha256"):
             raise CheckError(f"{path} is not the model that the run recorded; train or copy it again.")
         check_keras_archive(path, trusted=self.trusted)
         return _loaded(path, self.trusted, self.info.get("source", {}).get("kind", ""))
@@ -131,12 +130,14 @@ def _loaded(path: Path, trusted: Sequence[str], kind: str) -> Any:
     for module in (*trusted, *(["tfxfer.sources.kerashub_layer", "keras_hub"] if kind == "kerashub" else [])):
         importlib.import_module(module)
     try:
-        return keras.models.load_model(path, compile=False)
+        model = keras.models.load_model(path, compile=False)
     except ValueError as error:  # Keras puts what its layers raise into a story of its own
         cause = error.__cause__ or error.__context__
         if isinstance(cause, InputError):
             raise cause from None
         raise CheckError(f"Keras cannot open {path}: {' '.join(str(error).split())[:300]}") from None
+    check_finite(((variable.path, variable) for variable in model.weights), f"The weights in {path}")
+    return model
 
 
 def load_run(path: str | Path, *, trusted: Sequence[str] = ()) -> Run:
