@@ -611,3 +611,13 @@ def test_what_keras_exported_asks_for_its_range(folders):
     with pytest.raises(InputError, match=r"does not say what pixels it wants; give --input-range: 0\.\.255, 0\.\.1"):
         get_source(f"hub:{folders['export']}")
     assert get_source(f"hub:{folders['export']}", input_range="0..255").scale == (1.0,) * 3
+
+
+def test_a_program_that_goes_on_augmenting_is_refused(tmp_path):
+    net = network(SIZE_PX)
+    inputs = keras.Input((SIZE_PX, SIZE_PX, 3))
+    flipped = keras.layers.RandomFlip("horizontal")(inputs, training=True)
+    keras.Model(inputs, keras.layers.Flatten()(net.get_layer("stem_conv")(flipped))).export(tmp_path / "flip")
+    card = get_source(f"hub:{tmp_path / 'flip'}", input_range="0..255")
+    with pytest.raises(InputError, match="gives different numbers for the same image"):
+        load_backbone(card, image_size=SIZE_PX)

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import keras
+import numpy as np
 import tensorflow as tf
 
 from tfxfer.errors import InputError
@@ -165,11 +166,27 @@ def _fetch(handle: str) -> Path:
 
 
 def _try(program: Program, size_px: int, name: str) -> Any:
-    """Run it once on a black image: the one way to know what comes out at this size."""
+    """Run it twice on copies of an image: the one way to know what comes out at this size, and whether it is always
+    the same. What Keras exports of a model with random augmentation inside goes on augmenting."""
+    one = np.random.default_rng(0).random((1, size_px, size_px, 3), np.float32)
+    copies = tf.constant(np.repeat(one, 8, axis=0))
     try:
         strategy = tf.distribute.get_strategy()  # inside a scope, variables can be read in a replica only
-        black = tf.zeros((1, size_px, size_px, 3))
-        outputs = strategy.run(lambda images: program(images, training=False), (black,))
-        return tf.nest.map_structure(lambda value: strategy.experimental_local_results(value)[0], outputs)
+        runs = [strategy.run(lambda images: program(images, training=False), (copies,)) for _ in range(2)]
+        first, second = (
+            tf.nest.map_structure(lambda value: strategy.experimental_local_results(value)[0], outputs)
+            for outputs in runs
+        )
     except Exception as error:  # a network too deep for so small an image, a fixed shape, an op that does not exist
         raise InputError(f"{name} cannot compute images of {size_px} px: {reason(error)}") from error
+    for a, b in zip(tf.nest.flatten(first), tf.nest.flatten(second), strict=True):
+        if a.dtype.is_floating and a.shape.rank and a.shape[0] == 8:
+            seen = np.concatenate([a.numpy(), b.numpy()]).astype(np.float64)
+            if not np.allclose(
+                seen, seen[:1], rtol=1e-3, atol=1e-3 * np.abs(seen).max(initial=0) + 1e-12, equal_nan=True
+            ):
+                raise InputError(
+                    f"{name} gives different numbers for the same image, so something random goes on inside (layers of "
+                    "augmentation, most likely); export the model again without it."
+                )
+    return first
