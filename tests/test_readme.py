@@ -193,7 +193,7 @@ def test_the_code_runs(newcomer, capsys):
     for block in blocks("python"):
         exec(compile(block, "README.md", "exec"), {"__name__": "__main__"})
     printed = capsys.readouterr().out
-    report = next(block for block in blocks("text") if block.startswith("loaded: "))
+    report = next(block for block in blocks("text") if block.startswith("models/digits_cnn"))
     assert report in printed
     scores = re.findall(r"\[[0-9.]+, ([0-9.]+)\]", printed)
     assert float(scores[-1]) > 0.9, "the tutorial's digits"
