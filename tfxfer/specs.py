@@ -91,12 +91,20 @@ class Block(Spec):
     num_parameters: int
 
 
-def compiled(depth: str) -> re.Pattern:
-    """The regular expression of a freeze depth "re:PATTERN".
+def pattern_of(depth: Any) -> re.Pattern | None:
+    """The regular expression that a freeze depth is, "re:PATTERN" or compiled; None where it is another depth.
 
     Raises:
-        InputError: Where it is none.
+        InputError: Where the pattern is no regular expression.
+
+    Example:
+        >>> pattern_of("re:^conv"), pattern_of(3)
+        (re.compile('^conv'), None)
     """
+    if isinstance(depth, re.Pattern):
+        return depth
+    if not isinstance(depth, str) or not depth.startswith("re:"):
+        return None
     try:
         return re.compile(depth.removeprefix("re:"))
     except re.error as error:

@@ -229,6 +229,16 @@ def test_an_interrupt_after_training_leaves_a_run_that_can_be_exported(data, tmp
     assert tfxfer.load_run(run.path).info["certificates"] == [certificate.to_dict()]
 
 
+def test_an_interrupt_before_there_is_a_model_leaves_nothing(data, tmp_path, monkeypatch):
+    def interrupted(*_, **__):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("tfxfer.workflow.training.run_stages", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        tfxfer.fit("digits_cnn", data, method="probe", out=tmp_path / "run", **QUICK)
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_fit_takes_the_size_that_the_data_was_loaded_with(digits, tmp_path):
     images, labels = digits
     data = tfxfer.load_data((images[:60], labels[:60] % 2), image_size=48)

@@ -54,6 +54,11 @@ class Samples:
     encoded: tuple[bytes, ...]
 
     @property
+    def real_others(self) -> tuple[np.ndarray, ...]:
+        """`others` without the made-up one, as `make_samples` takes them."""
+        return self.others[:-1]
+
+    @property
     def decoded(self) -> tuple[np.ndarray, ...]:
         return tuple(np.asarray(Image.open(io.BytesIO(content)).convert("RGB")) for content in self.encoded)
 

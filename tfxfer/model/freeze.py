@@ -3,15 +3,15 @@
 import dataclasses
 import hashlib
 import re
-from collections.abc import Callable, Iterator
-from typing import Any
+from collections.abc import Callable, Iterator, Sequence
+from typing import NamedTuple
 
 import keras
 import numpy as np
 
 from tfxfer.errors import CheckError, InputError, did_you_mean
 from tfxfer.model.blocks import backbone_of, list_blocks, program_of, resolve_depth
-from tfxfer.specs import BATCH_NORM_STATES, compiled
+from tfxfer.specs import BATCH_NORM_STATES, pattern_of
 
 Depth = int | float | str | re.Pattern | Callable[[keras.layers.Layer], bool]
 
@@ -85,6 +85,23 @@ def units_of(backbone: keras.Model, prefix: str = "") -> Iterator[tuple[str, ker
             yield f"{prefix}{layer.name}", layer
 
 
+class _Unit(NamedTuple):
+    """What can be frozen by itself: a layer, or a block of a loaded program (then `layer` is the program's)."""
+
+    name: str
+    block: str
+    layer: keras.layers.Layer
+    weights: Sequence[keras.Variable]
+
+
+def _units(backbone: keras.Model) -> list[_Unit]:
+    holder = program_of(backbone)
+    if holder is not None:
+        return [_Unit(name, name, holder, variables) for name, variables in holder.variable_blocks.items()]
+    block_of = {layer: block.name for block in list_blocks(backbone) for layer in block.layers}
+    return [_Unit(name, block_of[name.partition("/")[0]], layer, layer.weights) for name, layer in units_of(backbone)]
+
+
 def frozen_units(model: keras.Model, depth: Depth) -> frozenset[str]:
     """The names of what `freeze(model, depth)` freezes: units of `units_of`, or blocks of a loaded program.
 
@@ -92,29 +109,21 @@ def frozen_units(model: keras.Model, depth: Depth) -> frozenset[str]:
         InputError: Where `depth` matches nothing or is out of range.
     """
     backbone = backbone_of(model)
-    blocks = list_blocks(backbone)
-    block_of = {layer: block.name for block in blocks for layer in block.layers}
-    holder = program_of(backbone)
-    if holder is not None:
-        units = [(name, holder) for name in holder.variable_blocks]
-        block_of = {name: name for name, _ in units}
-    else:
-        units = list(units_of(backbone))
-    pattern = None if callable(depth) else _pattern(depth)
-    if callable(depth):
-        if holder is not None:
+    units = _units(backbone)
+    pattern = pattern_of(depth)
+    if pattern is not None:
+        found = frozenset(unit.name for unit in units if pattern.search(unit.name) or pattern.search(unit.block))
+    elif callable(depth):
+        if program_of(backbone) is not None:
             raise InputError(
                 "A loaded program has no layers to ask a function about; freeze its blocks by number or name."
             )
-        found = frozenset(name for name, layer in units if depth(layer))
-    elif pattern is not None:
-        found = frozenset(
-            name for name, _ in units if pattern.search(name) or pattern.search(block_of[name.partition("/")[0]])
-        )
+        found = frozenset(unit.name for unit in units if depth(unit.layer))
     else:
         assert not isinstance(depth, re.Pattern)
+        blocks = list_blocks(backbone)
         leading = {block.name for block in blocks[: resolve_depth(blocks, depth)]}
-        return frozenset(name for name, _ in units if block_of[name.partition("/")[0]] in leading)
+        return frozenset(unit.name for unit in units if unit.block in leading)
     if not found:
         what = "The function" if pattern is None else f"The pattern {pattern.pattern!r}"
         raise InputError(f"{what} matches no layer of {backbone.name!r}; list_blocks and `--dry-run` show their names.")
@@ -153,48 +162,30 @@ def list_layers(model: keras.Model) -> tuple[LayerState, ...]:
     """
     backbone = backbone_of(model)
     still = set(frozen_variables(model))
-    block_of = {layer: block.name for block in list_blocks(backbone) for layer in block.layers}
-    holder = program_of(backbone)
-    if holder is not None:
-        groups = [(name, name, variables) for name, variables in holder.variable_blocks.items()]
-    else:
-        groups = [(name, block_of[name.partition("/")[0]], layer.variables) for name, layer in units_of(backbone)]
+    groups = [(unit.name, unit.block, unit.weights) for unit in _units(backbone)]
     if backbone is not model:
         moving = {id(variable) for variable in model.trainable_variables}
         outside = [layer for layer in model.layers if layer is not backbone]
-        groups += [(layer.name, "head", layer.variables) for layer in outside]
-        still |= {v.path for layer in outside for v in layer.variables if id(v) not in moving}
+        groups += [(layer.name, "head", layer.weights) for layer in outside]
+        still |= {v.path for layer in outside for v in layer.weights if id(v) not in moving}
     return tuple(
-        LayerState(name, block, _count(variables), _count([v for v in variables if v.path not in still]))
-        for name, block, variables in groups
-        if variables and _count(variables)
+        LayerState(name, block, _count(weights), _count([v for v in weights if v.path not in still]))
+        for name, block, weights in groups
+        if _count(weights)
     )
 
 
-def _count(variables) -> int:
-    return sum(int(np.prod(v.shape)) for v in variables if v.dtype.startswith(("float", "bfloat")))
+def _count(weights) -> int:
+    return sum(int(np.prod(v.shape)) for v in weights if v.dtype.startswith(("float", "bfloat")))
 
 
 def leading_blocks(model: keras.Model, depth: Depth) -> int:
     """How many leading blocks `freeze(model, depth)` freezes whole: what can be computed once."""
     backbone = backbone_of(model)
     frozen = frozen_units(backbone, depth)
-    blocks = list_blocks(backbone)
-    if program_of(backbone) is not None:
-        return next((index for index, block in enumerate(blocks) if block.name not in frozen), len(blocks))
-    block_of = {layer: index for index, block in enumerate(blocks) for layer in block.layers}
-    moving = [
-        block_of[name.partition("/")[0]] for name, layer in units_of(backbone) if layer.weights and name not in frozen
-    ]
-    return min(moving, default=len(blocks))
-
-
-def _pattern(depth: Any) -> re.Pattern | None:
-    if isinstance(depth, re.Pattern):
-        return depth
-    if not isinstance(depth, str) or not depth.startswith("re:"):
-        return None
-    return compiled(depth)
+    names = [block.name for block in list_blocks(backbone)]
+    moving = {unit.block for unit in _units(backbone) if unit.weights and unit.name not in frozen}
+    return next((index for index, name in enumerate(names) if name in moving), len(names))
 
 
 def _norms(layer: keras.layers.Layer) -> list[keras.layers.BatchNormalization]:
@@ -226,16 +217,12 @@ def adapt_batch_norm(model: keras.Model, images, *, batch_size: int = 64) -> ker
         raise InputError(
             "The statistics inside a loaded program cannot be estimated anew; use another batch_norm state."
         )
-    moving = {id(variable) for variable in model.trainable_variables}
-    blocks = [
-        [layer for name, layer in units_of(backbone) if name.partition("/")[0] in block.layers]
-        for block in list_blocks(backbone)
-    ]
-    trained = [block for block in blocks if any(id(v) in moving for layer in block for v in layer.variables)]
-    norms = [norm for block in trained for layer in block for norm in _norms(layer)]
-    frozen = getattr(backbone, "frozen_units", None)
-    if frozen is not None:
-        norms = [norm for name, layer in units_of(backbone) if name not in frozen for norm in _norms(layer)]
+    units, frozen = _units(backbone), getattr(backbone, "frozen_units", None)
+    if frozen is None:  # a loaded model: blocks in which nothing trains count as frozen
+        moving = {id(variable) for variable in model.trainable_variables}
+        trained = {unit.block for unit in units if any(id(v) in moving for v in unit.weights)}
+        frozen = {unit.name for unit in units if unit.block not in trained}
+    norms = [norm for unit in units if unit.name not in frozen for norm in _norms(unit.layer)]
     kept = [(layer.momentum, layer.trainable) for layer in norms]
     try:
         for layer in norms:

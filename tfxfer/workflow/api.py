@@ -218,7 +218,7 @@ def _kept_samples(run: Run) -> tuple[np.ndarray, np.ndarray, tuple[np.ndarray, .
     for path in (run.path / "exports" / SAMPLES_FILE, run.path / SAMPLES_FILE):
         with contextlib.suppress(CheckError):  # a damaged one is as good as none
             kept = read_samples(path)[0]
-            return kept.images, kept.labels, kept.others[:-1]  # the last is made up, and made again
+            return kept.images, kept.labels, kept.real_others
     raise InputError(
         f"{run.path} keeps no samples to verify with ({SAMPLES_FILE} is missing or damaged); give real images: "
         "--samples FOLDER, or `samples` in Python."

@@ -1,18 +1,12 @@
 """Look without training: what a source is made of, and what a plan would freeze."""
 
+import dataclasses
 from pathlib import Path
 from typing import Any
 
 from tfxfer.data.load import look_over
 from tfxfer.specs import Plan, Source
-from tfxfer.workflow.planning import source_of
-
-AUTO_SHARE = 0.7  # of the blocks of a source that has no card to say how many to freeze
-
-
-def auto_depth(card: Source) -> int | float:
-    """What freeze depth "auto" means for a source."""
-    return card.fine_tune_depth if card.fine_tune_depth >= 0 else AUTO_SHARE
+from tfxfer.workflow.planning import auto_depth, source_of
 
 
 def describe_source(card: Source) -> dict[str, Any]:
@@ -41,8 +35,6 @@ def dry_run(data: Path, plan: Plan) -> dict[str, Any]:
         `layers`: layer, block, num_parameters, num_trainable each.
     """
     names = look_over(data)
-    import dataclasses
-
     from tfxfer.model.build import assemble
     from tfxfer.model.freeze import freeze, list_layers
     from tfxfer.sources.catalog import load_backbone

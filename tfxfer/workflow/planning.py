@@ -10,10 +10,11 @@ from tfxfer.errors import InputError, did_you_mean
 from tfxfer.methods import METHODS
 from tfxfer.registry import lookup
 from tfxfer.sources.catalog import check_image_size, get_source
-from tfxfer.specs import Plan, Recipe, Source, compiled, depth_of, read_toml
+from tfxfer.specs import Plan, Recipe, Source, depth_of, pattern_of, read_toml
 from tfxfer.train.recipes import get_recipe
 
 DEFAULT_SOURCE = "efficientnet_lite0_imagenet"
+AUTO_SHARE = 0.7  # of the blocks of a source that has no card to say how many to freeze
 STAGE_KEYS = ("freeze_depth", "epochs", "learning_rate", "batch_norm")
 
 
@@ -50,9 +51,7 @@ def make_plan(config: str | Path | None = None, card: Source | None = None, **gi
     plan = Plan.from_dict(values)
     lookup(METHODS, plan.method, "method")
     for each in plan.recipe.stages if card.blocks else ():
-        if isinstance(each.freeze_depth, str) and each.freeze_depth.startswith("re:"):
-            compiled(each.freeze_depth)
-        elif each.freeze_depth != "auto":
+        if pattern_of(each.freeze_depth) is None and each.freeze_depth != "auto":
             depth_of(card.blocks, each.freeze_depth)
     if plan.group_by:
         check_pattern(plan.group_by)
@@ -61,10 +60,11 @@ def make_plan(config: str | Path | None = None, card: Source | None = None, **gi
 
 def _refuse_what_does_nothing(values: Mapping[str, Any], stage: Mapping[str, Any], given: Mapping[str, Any]) -> None:
     """Options for fine-tuning where there is none."""
+    recipe = _as_recipe(values.get("recipe", "auto"))
     if values.get("method") == "probe":
         what = "Method 'probe'"
-    elif all(each.solver == "convex" for each in _as_recipe(values.get("recipe", "auto")).stages):
-        what = f"Recipe {_as_recipe(values['recipe']).name!r}"
+    elif all(each.solver == "convex" for each in recipe.stages):
+        what = f"Recipe {recipe.name!r}"
     else:
         return
     idle = [*stage, *(["dropout"] if "dropout" in given else [])]
@@ -84,6 +84,11 @@ def source_of(plan: Plan | Mapping[str, Any]) -> Source:
         partial=values.get("partial", False),
         trusted=values.get("trust", ()),
     )
+
+
+def auto_depth(card: Source) -> int | float:
+    """What freeze depth "auto" means for a source."""
+    return card.fine_tune_depth if card.fine_tune_depth >= 0 else AUTO_SHARE
 
 
 def _as_recipe(recipe: Any) -> Recipe:

@@ -34,8 +34,7 @@ from tfxfer.specs import Plan, Source, Stage
 from tfxfer.train.clock import Clock
 from tfxfer.train.outcome import Outcome, TrainingData
 from tfxfer.train.stages import run_stages
-from tfxfer.workflow.inspecting import auto_depth
-from tfxfer.workflow.planning import source_of
+from tfxfer.workflow.planning import auto_depth, source_of
 from tfxfer.workflow.run import MODEL_FILE, Run, new_run_folder, write_history, write_info
 from tfxfer.workflow.start import read_data
 
@@ -86,14 +85,13 @@ class _Job:
     def run(self) -> Run:
         try:
             return self._run()
-        except KeyboardInterrupt:
+        except BaseException as error:
             if not (self.folder / MODEL_FILE).exists():
-                raise
-            self._write("interrupted")
-            raise Interrupted(f"Interrupted; the best model so far is {self.folder / MODEL_FILE}.") from None
-        except BaseException:
-            if not (self.folder / MODEL_FILE).exists() and (self.folder / "config.toml").exists():
-                shutil.rmtree(self.folder, ignore_errors=True)  # nothing was trained: the name is free again
+                if (self.folder / "config.toml").exists():
+                    shutil.rmtree(self.folder, ignore_errors=True)  # nothing was trained: the name is free again
+            elif isinstance(error, KeyboardInterrupt):
+                self._write("interrupted")
+                raise Interrupted(f"Interrupted; the best model so far is {self.folder / MODEL_FILE}.") from None
             raise
         finally:
             if (self.folder / MODEL_FILE).exists() and not (self.folder / "exports").exists():
@@ -266,7 +264,7 @@ class _Job:
                     "source": self.card.name, "source_licence": self.card.licence,
                     "data_fingerprint": self.dataset.fingerprint,
                 },
-                samples=samples.images, labels=samples.labels, other_size_samples=samples.others[:-1],
+                samples=samples.images, labels=samples.labels, other_size_samples=samples.real_others,
                 test_images=pixels, test_labels=test.labels, test_probabilities=probabilities,
             )  # fmt: skip
         self.info["certificates"] = [certificate.to_dict() for certificate in certificates]
