@@ -1,7 +1,7 @@
 """`tfxfer demo`."""
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -25,8 +25,8 @@ def run(
     from tfxfer.workflow.planning import make_plan
     from tfxfer.workflow.run import new_run_folder
 
-    options = {"source": source, "seed": seed}
-    make_plan(None, None, **options)  # what is wrong is refused before anything is written
+    options: dict[str, Any] = {"source": source, "seed": seed}
+    make_plan(**options)  # what is wrong is refused before anything is written
     folder = new_run_folder(out, "digits")
     data = write_digits(data_out or folder.with_name(folder.name + "-data"), per_class=per_class, seed=seed)
     stderr.print(f"The digits are in {data}; the same run by hand: tfxfer train {data} --source {source}")

@@ -70,7 +70,7 @@ def run(
     quiet_libraries()
     if no_baseline and baseline:
         raise InputError("--baseline and --no-baseline were given both; drop one.")
-    options = {
+    options: dict[str, Any] = {
         "source": source, "recipe": recipe, "method": method, "freeze_depth": freeze, "image_size": image_size,
         "epochs": epochs, "batch_size": batch_size, "learning_rate": lr, "batch_norm": batch_norm, "augment": augment,
         "dropout": dropout, "seed": seed, "val_fraction": val_fraction, "group_by": group_by,
@@ -83,7 +83,7 @@ def run(
         from tfxfer.workflow.inspecting import dry_run as look
         from tfxfer.workflow.planning import make_plan
 
-        found = look(data, make_plan(config, None, **options))
+        found = look(data, make_plan(config, **options))
         print_json(found) if json else print_freezing(found)
         return
     run_training(data, config, options, out=out, split=split, print_config=print_config, as_json=json)
@@ -95,7 +95,7 @@ def run_training(
     """Train and show the result; a negative verdict ends with exit status 1."""
     from tfxfer.workflow.planning import make_plan
 
-    plan = make_plan(config, None, **options)
+    plan = make_plan(config, **options)
     if print_config:
         import tomli_w
 

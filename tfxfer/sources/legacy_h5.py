@@ -61,16 +61,17 @@ def load_matching_weights(model: Any, path: str | Path, *, by: str = "order") ->
     except OSError as error:
         why = "there is no such file" if not path.exists() else f"it is not HDF5 ({error})"
         raise InputError(f"Cannot read {path}: {why}.") from None
-    check_h5(path)
     with file:
+        check_h5(path)
         stored = _stored_layers(file, path)
         layers = _model_layers(model)
         report, fitting = _compare(model, str(path), layers, stored, _pairs(layers, stored, by, path))
         if not fitting:
             raise InputError(f"No layer of {model.name!r} fits {path}, nothing was loaded:\n{report}")
-        check_finite(((dataset.name, dataset[()]) for _, dataset in fitting), f"The weights in {path}")
-        for weight, dataset in fitting:
-            weight.assign(dataset[()])
+        values = [(weight, dataset.name, dataset[()]) for weight, dataset in fitting]
+        check_finite(((name, value) for _, name, value in values), f"The weights in {path}")
+        for weight, _, value in values:
+            weight.assign(value)
     return report
 
 

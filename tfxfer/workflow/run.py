@@ -58,10 +58,19 @@ class Run:
         path = self.path / MODEL_FILE
         if not path.is_file():
             raise InputError(f"{self.path} has no {MODEL_FILE}; it is no finished run.")
-        if sha256_of_file(path) != self.info.get("model", {}).get("sha256"):
-            raise CheckError(f"{path} is not the model that the run recorded; train or copy it again.")
+        self.check_model()
         check_keras_archive(path, trusted=self.trusted)
         return _loaded(path, self.trusted, self.info.get("source", {}).get("kind", ""))
+
+    def check_model(self) -> None:
+        """Compare model.keras with its digest in run.json.
+
+        Raises:
+            CheckError: Where it is another file.
+        """
+        path = self.path / MODEL_FILE
+        if sha256_of_file(path) != self.info.get("model", {}).get("sha256"):
+            raise CheckError(f"{path} is not the model that the run recorded; train or copy it again.")
 
     @property
     def history(self) -> list[dict[str, Any]]:

@@ -13,7 +13,6 @@ from tfxfer.errors import CheckError, InputError
 from tfxfer.exporters.verify import TOLERANCE
 from tfxfer.exporters.verify import verify as verify_exports
 from tfxfer.metrics import score
-from tfxfer.runtime.files import sha256_of_file
 from tfxfer.runtime.images import IMAGE_SUFFIXES, ImageError, decode_image
 from tfxfer.runtime.progress import Progress
 from tfxfer.sources.catalog import class_names_of, get_source
@@ -94,11 +93,11 @@ def verify(path: Path | str, *, tolerance: float = TOLERANCE) -> list[Certificat
     """
     path = Path(path)
     if (path / RUN_FILE).is_file():
-        digest = load_run(path).info.get("model", {}).get("sha256")
-        if digest and not (path / MODEL_FILE).is_file():
-            raise CheckError(f"{path / MODEL_FILE} is missing; copy it there again.")
-        if digest and sha256_of_file(path / MODEL_FILE) != digest:
-            raise CheckError(f"{path / MODEL_FILE} is not the model that the run recorded; train or copy it again.")
+        run = load_run(path)
+        if "model" in run.info:
+            if not (path / MODEL_FILE).is_file():
+                raise CheckError(f"{path / MODEL_FILE} is missing; copy it there again.")
+            run.check_model()
     return verify_exports(path, tolerance=tolerance)
 
 
