@@ -3,6 +3,7 @@
 import dataclasses
 import shutil
 
+import keras
 import numpy as np
 import pytest
 from PIL import Image
@@ -78,6 +79,29 @@ def test_unknown_source(refuses, folder, name, hint):
     assert hint in refuses("sources", name)
     assert hint in refuses("predict", "--source", name, photos(folder, cat=1))
     assert hint in refuses("demo", "--source", name)
+
+
+def test_other_spellings_are_told_where_a_source_is_unknown(refuses):
+    assert "also spelled hub:PATH_OR_HANDLE, keras:NAME" in refuses("sources", "resnet")
+
+
+def test_what_would_do_nothing_to_a_source_is_refused(refuses, tmp_path, digits_folder):
+    assert "no custom objects" in refuses("sources", "digits_cnn", "--trust-custom-objects", "json")
+    assert "no custom objects" in refuses("sources", "keras:mobilenet", "--trust-custom-objects", "json")
+    assert "need its name" in refuses("sources", "--weights", "x.h5")
+    sentence = refuses("sources", "x.h5", "--input-range", "foo")
+    assert "Unknown input range 'foo'" in sentence and "caffe" in sentence
+
+
+def test_a_file_with_the_weights_of_another_network_is_refused_before_training(refuses, tmp_path, digits_folder):
+    file = tmp_path / "other.weights.h5"
+    layers = [keras.layers.Conv2D(4, 3, name="first"), keras.layers.Flatten(), keras.layers.Dense(2, name="last")]
+    keras.Sequential([keras.Input((16, 16, 3)), *layers]).save_weights(file)
+    source = ("--source", "keras:mobilenet", "--weights", file)
+    for command in (("sources", *source[1:]), ("train", digits_folder, *source, "--dry-run")):
+        sentence = refuses(*command)
+        assert f"Nothing in {file} fits the network" in sentence and "the weights of another network" in sentence
+        assert "the file has first, last." in sentence
 
 
 def changed_card(monkeypatch, name, **weights):

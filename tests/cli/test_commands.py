@@ -108,6 +108,24 @@ def test_a_dry_run_shows_what_would_be_frozen_and_reads_no_image(digits_folder, 
     assert list(tmp_path.iterdir()) == []
 
 
+def test_what_fits_of_a_weights_file_is_shown_before_training(digits_folder, tmp_path, monkeypatch):
+    """A file without the last block: refused whole, told in part, by `sources` and by a dry run alike."""
+    monkeypatch.chdir(tmp_path)
+    backbone = keras.applications.MobileNet(weights=None, include_top=False, input_shape=(64, 64, 3))
+    keras.Model(backbone.input, backbone.get_layer("conv_pw_12_relu").output).save_weights("part.weights.h5")
+    source = ("keras:mobilenet", "--weights", "part.weights.h5")
+    refused = invoke("sources", *source)
+    assert "does not fit the network" in str(refused.exception)
+    shown = invoke("sources", *source, "--partial")
+    assert "parameters (" in shown.stdout and "missing: conv_dw_13" in shown.stdout
+    report = json.loads(invoke("sources", *source, "--partial", "--json").stdout)["load_report"]
+    assert 0.3 < report["loaded_share"] < 0.9 and report["counts"]["missing"] == 4
+    options = ("train", digits_folder, "--source", *source, "--partial", "--image-size", 64, "--dry-run")
+    assert json.loads(invoke(*options, "--json").stdout)["load_report"]["counts"] == report["counts"]
+    assert "missing: conv_pw_13" in invoke(*options).stdout
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["part.weights.h5"]
+
+
 # -- with a run that is there --------------------------------------------------------------------------------------
 
 

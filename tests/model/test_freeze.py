@@ -284,6 +284,21 @@ def test_layers_of_nested_models_are_frozen_one_by_one():
     assert norm.gamma.trainable and not norm.moving_mean.trainable
 
 
+def test_a_frozen_spectral_normalisation_holds_its_kernel_and_a_trained_one_moves_it():
+    """Keras assigns its kernel anew in each training step, whatever `trainable` says (keras 3.15)."""
+    dense = keras.layers.Dense(4, name="dense")
+    norm = keras.layers.SpectralNormalization(dense, name="spectral")
+    net = keras.Sequential([keras.Input((6,)), norm, keras.layers.Dense(2, name="top")])
+    x = np.random.default_rng(0).normal(size=(8, 6)).astype("float32")
+    for frozen in (True, False, True):
+        freeze(net, 1 if frozen else 0)
+        net.compile("sgd", "mse")
+        before = [values.copy() for values in norm.get_weights()]
+        net.fit(x, x[:, :2], epochs=2, verbose=0)
+        same = [np.array_equal(one, other) for one, other in zip(before, norm.get_weights(), strict=True)]
+        assert all(same) == frozen and any(same) == frozen
+
+
 def test_a_copy_s_flags_are_its_own():
     """The mistake of the classic tutorial: the source is frozen after the target was made from a copy of it."""
     source = norm_backbone()

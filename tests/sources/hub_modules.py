@@ -77,6 +77,23 @@ class WithTable(Module):
         return self._net(images, training=training) * scale
 
 
+class WithTrain(Module):
+    """A function called `train` of the user's own, and a variable that it alone captures.
+
+    Args:
+        net: Of the module.
+        train: (net, steps) to the function.
+        given: Specs of what it takes.
+        named: The same of what it takes by name.
+    """
+
+    def __init__(self, net: keras.Model, train, *given: tf.TensorSpec, **named: tf.TensorSpec):
+        super().__init__(net)
+        self.steps = tf.Variable(0.0, trainable=False, name="steps")
+        self.train = tf.function(train(net, self.steps))
+        self.train.get_concrete_function(*given, **named)
+
+
 def images_spec(size_px: int | None = None) -> tf.TensorSpec:
     return tf.TensorSpec((None, size_px, size_px, 3), tf.float32, name="images")
 
@@ -95,13 +112,13 @@ def save_plain(folder: Path) -> Path:
     return folder
 
 
-def save_signature_only(folder: Path) -> Path:
+def save_signature_only(folder: Path, outputs=lambda features: {"pooled": features}) -> Path:
     net = network()
     module = tf.Module()
     module.held = [variable.value for variable in net.variables]
     module.scale = tf.constant([1.5, 1.0, 0.5])
     serve = tf.function(
-        lambda images: {"pooled": net(images * module.scale, training=False)}, input_signature=[images_spec(SIZE_PX)]
+        lambda images: outputs(net(images * module.scale, training=False)), input_signature=[images_spec(SIZE_PX)]
     )
     tf.saved_model.save(module, str(folder), signatures=serve)
     return folder

@@ -19,7 +19,8 @@ from tfxfer.features.cut import cut_model
 from tfxfer.model.blocks import backbone_of, list_blocks
 from tfxfer.model.build import build_model
 from tfxfer.model.freeze import freeze, frozen_variables
-from tfxfer.sources.applications import FAMILIES, MEMBERS, describe
+from tfxfer.sources.application_families import FAMILIES, MEMBERS
+from tfxfer.sources.applications import describe
 from tfxfer.sources.catalog import get_source, load_backbone, load_with_report
 from tfxfer.sources.ranges import range_facts
 from tfxfer.sources.safety import check_model_file

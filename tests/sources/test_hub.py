@@ -15,6 +15,7 @@ from hub_modules import (
     SIZE_PX,
     Module,
     WithTable,
+    WithTrain,
     images_spec,
     network,
     pack,
@@ -33,7 +34,8 @@ from tfxfer.features.extract import FrozenPrefix
 from tfxfer.model.blocks import program_of
 from tfxfer.model.freeze import audit_frozen, digest_frozen, frozen_variables
 from tfxfer.sources.catalog import get_source, load_backbone
-from tfxfer.sources.hub_layer import Anatomy, Slot, anatomy_of, group_slots
+from tfxfer.sources.hub_anatomy import Anatomy, Slot, anatomy_of
+from tfxfer.sources.hub_blocks import group_slots
 
 KINDS = {
     "module": save_module,
@@ -140,6 +142,68 @@ def test_the_card_knows_size_digest_and_what_cannot_train(folders):
     assert free.weights["file"] == str(folders["module"]) and len(free.weights["sha256"]) == 64
     with pytest.raises(InputError, match="16 px only"):
         load_backbone(fixed, image_size=32)
+
+
+def softmax_under_another_function(features):
+    """Softmax in half precision, inside a function that the program calls, handed on by Identity and Cast."""
+
+    @tf.function(autograph=False)
+    def inner(x):
+        return tf.identity(x), tf.cast(tf.nn.softmax(tf.cast(x, tf.float16)), tf.float32)
+
+    return tf.identity(inner(features)[1])
+
+
+CLASSIFIERS = {
+    "softmax": (tf.nn.softmax, "Its only output is 5 wide and a softmax: features are the old classifier's prob"),
+    "called": (softmax_under_another_function, "Its only output is 5 wide and a softmax: features are the old"),
+    "predictions": (
+        lambda x: {"predictions": tf.nn.softmax(x)},
+        "Its only output is 'predictions', 5 wide and a softmax: features are the old classifier's probabilities; a "
+        "headless export transfers better.",
+    ),
+    "logits": (
+        lambda x: {"logits": x},
+        "Its only output is 'logits', 5 wide: features are the old classifier's logits; a headless export transfers "
+        "better.",
+    ),
+    "one_of_two": (
+        lambda x: {"default": tf.nn.softmax(x), "other": x},
+        "The output that is taken is 'default', 5 wide and a softmax: features are the old classifier's probabilities",
+    ),
+}
+FEATURES = {
+    "plain": lambda x: x,
+    "features_beside_logits": lambda x: {"features": x, "logits": 2 * x, "probabilities": tf.nn.softmax(x)},
+    "sorted": lambda x: {"zeros": tf.nn.softmax(x), "default": x, "about": {"b": tf.nn.softmax(x), "a": x}},
+    "attention": lambda x: x * tf.nn.softmax(x),
+    "named_otherwise": lambda x: {"embedding": x},
+    "called": lambda x: tf.identity(tf.function(lambda y: (tf.nn.softmax(y), 2 * y), autograph=False)(x)[1]),
+}
+
+
+@pytest.mark.parametrize("kind", CLASSIFIERS)
+def test_the_card_says_that_features_are_an_old_classifiers_answers(kind, tmp_path):
+    outputs, sentence = CLASSIFIERS[kind]
+    assert get_source(f"hub:{save_module(tmp_path / kind, Module(network(), outputs))}").notes.startswith(sentence)
+
+
+@pytest.mark.parametrize("kind", FEATURES)
+def test_the_card_says_nothing_where_no_classifier_is_proven(kind, tmp_path):
+    assert get_source(f"hub:{save_module(tmp_path / kind, Module(network(), FEATURES[kind]))}").notes == ""
+
+
+def test_the_card_of_a_classifier_that_keras_exported_or_that_has_signatures_only(folders, tmp_path):
+    net = network(SIZE_PX)
+    answers = keras.layers.Dense(7, activation="softmax", name="predictions")(net.output)
+    keras.Model(net.input, answers).export(tmp_path / "whole", verbose=False)
+    whole = get_source(f"hub:{tmp_path / 'whole'}", input_range="0..255").notes
+    assert whole.startswith("Its only output is 7 wide and a softmax")
+    assert get_source(f"hub:{folders['export']}", input_range="0..255").notes == ""
+    serving = save_signature_only(tmp_path / "serving", lambda x: {"output_0": tf.nn.softmax(x)})
+    used = get_source(f"hub:{serving}").notes
+    assert used.startswith("Signatures only: it can be used as it is, not trained. Its only output is 'output_0', 5 ")
+    assert get_source(f"hub:{folders['signature_only']}").notes.endswith("not trained.")
 
 
 def test_whole_numbers_are_not_scaled(tmp_path):
@@ -257,6 +321,53 @@ def test_the_training_endpoint_moves_statistics(folders):
     assert {name for name in moved_by_training(model) if "moving" in name} == {
         f"{name}_bn.moving_{what}" for name in ("stem", "block_1", "block_2") for what in ("mean", "variance")
     }
+
+
+def counted(function):
+    """Of (net, steps): the function, which counts what it is called."""
+
+    def made(net, steps):
+        def train(images, labels=None, *, weights=None, again=True):
+            steps.assign_add(1.0)
+            return function(net, images, labels, weights)
+
+        return train
+
+    return made
+
+
+LABELS = tf.TensorSpec((None,), tf.float32, name="labels")
+TRAINS = {
+    "labels": ([images_spec(), LABELS], {}, False),
+    "weights_by_name": ([images_spec()], {"weights": LABELS}, False),
+    "whole_numbers": ([tf.TensorSpec((None, None, None, 3), tf.uint8)], {}, False),
+    "rows": ([tf.TensorSpec((None, 5), tf.float32)], {}, False),
+    "images_by_name": ([], {"images": images_spec()}, True),
+    "images": ([images_spec()], {}, True),
+}
+
+
+@pytest.mark.parametrize("kind", TRAINS)
+def test_a_training_endpoint_takes_images_and_nothing_else(kind, tmp_path):
+    given, named, is_endpoint = TRAINS[kind]
+    train = counted(lambda net, images, labels, weights: tf.cast(images, tf.float32))
+    anatomy = anatomy_of(save_module(tmp_path / kind, WithTrain(network(), train, *given, **named)))
+    assert anatomy.training_endpoint == ("train" if is_endpoint else "")
+    assert any(slot.name == "steps" for slot in anatomy.slots) == is_endpoint
+
+
+def test_a_training_step_of_the_users_own_changes_nothing(module, tmp_path):
+    step = counted(lambda net, images, labels, weights: tf.reduce_mean(net(images, training=True)) + labels)
+    stepping = WithTrain(network(), step, images_spec(), LABELS)
+    found = []
+    for folder in (save_module(tmp_path / "stepping", stepping), module):
+        keras.utils.set_random_seed(0)
+        model = tfxfer.freeze(build(folder), 0, batch_norm="train")
+        moved = moved_by_training(model)
+        assert "block_2_bn.moving_mean" in moved and "steps" not in moved
+        found.append([weight.numpy() for weight in model.weights])
+    for one, other in zip(*found, strict=True):
+        np.testing.assert_allclose(one, other, atol=1e-6)
 
 
 def test_without_a_training_mode_statistics_cannot_move(folders):

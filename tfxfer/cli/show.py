@@ -155,6 +155,8 @@ def print_run(info: dict[str, Any], folder: Any) -> None:
 
 def print_freezing(found: dict[str, Any]) -> None:
     """What `--dry-run` shows: a row a layer with weights, for each stage."""
+    if "load_report" in found:
+        stdout.print(found["load_report"]["text"], markup=False)
     for stage in found["stages"]:
         stdout.print(
             f"stage {stage['name']}: freeze {stage['freeze_depth']}, batch_norm {stage['batch_norm']}; "

@@ -63,6 +63,7 @@ def freeze(model: keras.Model, depth: Depth = "all", *, batch_norm: str = "affin
     for name, layer in units_of(backbone):
         trains = name not in frozen
         layer.trainable = trains
+        _hold_spectral_norms(layer, not trains)
         for norm in _norms(layer):
             # A BatchNorm layer that is not trainable runs in inference mode, whatever the training argument says; its
             # gamma and beta are trainable where their own flag says so. Passing training=False to the backbone's
@@ -72,6 +73,16 @@ def freeze(model: keras.Model, depth: Depth = "all", *, batch_norm: str = "affin
                 if variable is not None:
                     variable.trainable = trains and batch_norm in ("affine", "train")
     return model
+
+
+def _hold_spectral_norms(layer: keras.layers.Layer, held: bool) -> None:
+    """SpectralNormalization assigns its kernel anew in each training step, trainable or not: let it assign the same."""
+    for norm in layer._flatten_layers():
+        if isinstance(norm, keras.layers.SpectralNormalization):
+            if held:
+                norm.normalized_weights = lambda norm=norm: (norm.vector_u.value, norm.kernel.value)
+            else:
+                vars(norm).pop("normalized_weights", None)
 
 
 def units_of(backbone: keras.Model, prefix: str = "") -> Iterator[tuple[str, keras.layers.Layer]]:

@@ -11,9 +11,15 @@ from typing import Any
 from tfxfer.errors import InputError, did_you_mean
 from tfxfer.registry import lookup, merge
 from tfxfer.sources import KINDS, PREFIXES, SUFFIXES
+from tfxfer.sources.ranges import range_facts
 from tfxfer.sources.report import LoadReport
 from tfxfer.sources.safety import check_finite
 from tfxfer.specs import Source
+
+SPELLINGS = (
+    "A source is also spelled hub:PATH_OR_HANDLE, keras:NAME, kerashub:PRESET_OR_PATH, torch:ARCH with a file of "
+    "weights, py:MODULE:FUNCTION, run:PATH, or as a path that ends in .keras or .h5."
+)
 
 
 def list_sources() -> tuple[Source, ...]:
@@ -54,6 +60,8 @@ def get_source(
         >>> get_source("digits_cnn").image_size_px
         32
     """
+    if input_range:
+        range_facts(input_range)  # an unknown one is refused before anything is read
     cards = _cards()
     kind, reference = _kind_of(name) if name not in cards else ("", "")
     if kind:
@@ -61,8 +69,14 @@ def get_source(
             name, reference, weights=str(weights or ""), input_range=input_range, partial=partial,
             trusted=tuple(trusted),
         )  # fmt: skip
+        if trusted and not described.trusted:
+            raise InputError(f"{name!r} has no custom objects, so trusting modules would do nothing; drop it.")
         return described
-    card = lookup(cards, name, "source")
+    if name not in cards:
+        raise InputError(f"Unknown source {name!r}. {did_you_mean(name, cards)} {SPELLINGS}")
+    card = cards[name]
+    if trusted:
+        raise InputError(f"{name!r} has no custom objects, so trusting modules would do nothing; drop it.")
     if weights or input_range or partial:
         raise InputError(
             f"{name!r} has weights and an input range of its own; other weights for its architecture are loaded by "

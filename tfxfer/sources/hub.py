@@ -17,16 +17,11 @@ import tensorflow as tf
 
 from tfxfer.errors import InputError
 from tfxfer.runtime.files import sha256_of_folder
-from tfxfer.sources.hub_layer import (
-    OUTPUTS,
-    TOP_OUTPUTS,
-    HubLayer,
-    Program,
-    anatomy_of,
-    group_slots,
-    pick_output,
-    reason,
-)
+from tfxfer.sources.hub_anatomy import anatomy_of
+from tfxfer.sources.hub_blocks import group_slots
+from tfxfer.sources.hub_layer import HubLayer
+from tfxfer.sources.hub_outputs import OUTPUTS, TOP_OUTPUTS, classifier_note, outputs_of, pick_output, take_output
+from tfxfer.sources.hub_program import Program, reason
 from tfxfer.sources.ranges import RANGES, range_facts
 from tfxfer.sources.report import LoadReport
 from tfxfer.sources.safety import check_saved_model, extract_archive
@@ -35,6 +30,7 @@ from tfxfer.specs import Source
 IMAGE_SIZE_PX = 224
 ARCHIVES = (".tar.gz", ".tgz")
 SAVED_MODEL = "saved_model.pb"
+SIGNATURES_ONLY = "Signatures only: it can be used as it is, not trained."
 
 
 def describe(
@@ -53,6 +49,7 @@ def describe(
     with resolve(reference) as folder:
         check_saved_model(folder)
         anatomy = anatomy_of(folder)
+        answers = classifier_note(outputs_of(folder, anatomy))
         digest = sha256_of_folder(folder)
     side = anatomy.input_shape[1]
     whole = anatomy.input_dtype.startswith(("int", "uint"))
@@ -75,7 +72,7 @@ def describe(
         url=reference if _is_handle(reference) else "",
         # Nothing of a program without __call__ can train, so recipe `auto` freezes all of it.
         fine_tune_depth=len(blocks) if anatomy.is_signature else -1,
-        notes="Signatures only: it can be used as it is, not trained." if anatomy.is_signature else "",
+        notes=" ".join(filter(None, (SIGNATURES_ONLY if anatomy.is_signature else "", answers))),
         trusted=tuple(trusted),
         **range_facts(input_range or ("0..255" if whole else "0..1")),
     )
@@ -93,7 +90,7 @@ def load(card: Source, size_px: int, *, weights: bool, include_top: bool, seed: 
         program = Program(folder, card.weights.get("sha256", ""))
     outputs = _try(program, size_px, card.name)
     name = pick_output(outputs, TOP_OUTPUTS if include_top else OUTPUTS, card.name)
-    found = outputs[name] if name else outputs[0] if isinstance(outputs, list | tuple) else outputs
+    found = take_output(outputs, name)
     tail = tuple(int(side) for side in found.shape[1:])
     if len(tail) not in ((1,) if include_top else (1, 3)) or not found.dtype.is_floating:
         raise InputError(

@@ -110,6 +110,9 @@ def load(card: Source, size_px: int, *, weights: bool, include_top: bool, seed: 
             f"{folder} has SHA-256 {digest}, but {card.weights['sha256']} was recorded: a file was changed or damaged; "
             "get the preset again."
         )
+    from tfxfer.sources.safety import check_model_file
+
+    check_model_file(folder)
     import keras_hub
 
     options = {"image_shape": (size_px, size_px, 3)} if card.architecture in ANY_SIZE else {}

@@ -4,6 +4,10 @@ import dataclasses
 from collections.abc import Sequence
 from typing import Any
 
+from tfxfer.errors import InputError
+
+# Below this share of the parameters what fits by name or shape is chance, unless a part was asked for.
+CHANCE_SHARE = 0.02
 STATES = ("matched", "renamed", "differs", "missing", "unused")
 
 
@@ -92,6 +96,48 @@ def joined(reports: Sequence["LoadReport"]) -> "LoadReport":
     """One report of several files."""
     return LoadReport(
         ", ".join(report.path for report in reports), tuple(entry for report in reports for entry in report.layers)
+    )
+
+
+def check_fit(report: LoadReport, network: str, *, partial: bool) -> None:
+    """Refuse weights that do not fit, before any is set.
+
+    Args:
+        report: What would be loaded.
+        network: The name of the model.
+        partial: Whether a part is enough.
+
+    Raises:
+        InputError: Where nothing fits, or not everything does and `partial` is not given.
+
+    Example:
+        >>> rows = (LayerReport("conv", "missing", 90), LayerReport("stem", "unused", 30))
+        >>> try:
+        ...     check_fit(LoadReport("x.h5", rows), "net", partial=True)
+        ... except InputError as error:
+        ...     print(str(error)[:62])
+        Nothing in x.h5 fits the network 'net', and nothing was loaded
+    """
+    fitting, wanted = report.names("matched", "renamed"), report.names("matched", "renamed", "differs", "missing")
+    if not wanted or report.complete or (fitting and partial):
+        return
+    if not fitting or report.loaded_share < CHANCE_SHARE:
+        lacking = [_told(entry) for entry in report.layers if entry.state in ("missing", "differs")]
+        spare = ", ".join(report.names("unused")[:3])
+        told = (
+            f"Nothing in {report.path} fits the network {network!r}, and nothing was loaded"
+            if not fitting
+            else f"{report.path} does not fit the network {network!r}: {len(fitting)} of {len(wanted)} layers "
+            f"({100 * report.loaded_share:.1f} % of the parameters) do"
+        )
+        raise InputError(
+            f"{told}: it holds the weights of another network. The network wants {'; '.join(lacking[:3])}"
+            f"{f'; the file has {spare}' if spare else ''}. Give the file of this network, or name the network that "
+            "the file belongs to as the source."
+        )
+    raise InputError(
+        f"{report.path} does not fit the network {network!r} whole; give --partial (partial=True) to load what fits.\n"
+        f"{report}"
     )
 
 

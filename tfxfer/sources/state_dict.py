@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from tfxfer.errors import InputError
-from tfxfer.sources.report import LayerReport, LoadReport
+from tfxfer.sources.report import LayerReport, LoadReport, check_fit
 from tfxfer.sources.torch_pickle import floats_from_bfloat16, read_checkpoint, read_zipped_checkpoint
 
 # What a state dict calls an array, and what Keras calls it.
@@ -135,13 +135,7 @@ def load_state_dict(
         if module not in used
     ]
     report = LoadReport(str(path), tuple(entries))
-    if not values:
-        raise InputError(f"Nothing in {path} fits the network {model.name!r}; nothing was loaded.\n{report}")
-    if not report.complete and not partial:
-        raise InputError(
-            f"{path} does not fit the network {model.name!r} whole; give --partial (partial=True) to load what fits.\n"
-            f"{report}"
-        )
+    check_fit(report, model.name, partial=partial)
     check_finite(((name, array) for name, _, array in values), f"The weights in {str(path)!r}")
     for _, weight, array in values:
         weight.assign(array)

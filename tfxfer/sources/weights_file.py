@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 
 from tfxfer.errors import InputError
-from tfxfer.sources.report import LayerReport, LoadReport
+from tfxfer.sources.report import LayerReport, LoadReport, check_fit
 from tfxfer.sources.safety import check_finite, check_h5, check_keras_archive
 from tfxfer.sources.stored_weights import Stored, Unit, numbered_units, open_stored, variable_name
 
@@ -68,13 +68,7 @@ def load_weights_file(
     with open_stored(path, leaves=leaves) as stored, _targets(model, stored, original_names) as (wanted, assign):
         pairs = _matched(wanted, stored, _automatic(model))
         report, jobs = _compare(str(path), wanted, stored.units, pairs, adapt=partial)
-        if not report.complete and not partial:
-            raise InputError(
-                f"{path} does not fit the network {model.name!r} whole; give --partial (partial=True) to load "
-                f"what fits.\n{report}"
-            )
-        if wanted and not jobs:
-            raise InputError(f"Nothing in {path} fits the network {model.name!r}; nothing was loaded.\n{report}")
+        check_fit(report, model.name, partial=partial)
         arrays = [(name, target, change(dataset[()])) for name, target, dataset, change in jobs]
         check_finite(((name, array) for name, _, array in arrays), f"The weights in {str(path)!r}")
         for _, target, array in arrays:

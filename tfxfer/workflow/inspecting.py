@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from tfxfer.data.load import look_over
-from tfxfer.specs import Plan, Source
+from tfxfer.specs import Plan, Source, depth_of
 from tfxfer.workflow.planning import auto_depth, source_of
 
 
@@ -13,34 +13,51 @@ def describe_source(card: Source) -> dict[str, Any]:
     """The card, and the blocks of the network with their numbers of parameters; imports TensorFlow.
 
     Returns:
-        The card's fields, and `blocks`: name, num_layers, num_parameters each, `num_parameters`, `features`.
+        The card's fields, and `blocks`: name, num_layers, num_parameters each, `num_parameters`, `features`,
+        `fine_tune_depth` as a number of blocks; where the weights lie in a file, `load_report`: what of it fits, and
+        `text` that tells it.
+
+    Raises:
+        InputError: Where the file does not fit.
     """
     from tfxfer.model.blocks import list_blocks
-    from tfxfer.sources.catalog import load_backbone
 
-    backbone = load_backbone(card, weights=False)
+    backbone, report = _looked_at(card, None)
     blocks = [
         {"name": block.name, "num_layers": len(block.layers), "num_parameters": block.num_parameters}
         for block in list_blocks(backbone)
     ]
     total = backbone.count_params()
-    return {**card.to_dict(), "features": int(backbone.output_shape[-1]), "num_parameters": total, "blocks": blocks}
+    depth = depth_of([str(block["name"]) for block in blocks], auto_depth(card))
+    facts = {"features": int(backbone.output_shape[-1]), "num_parameters": total, "blocks": blocks}
+    return {**card.to_dict(), "fine_tune_depth": depth, **facts, **report}
+
+
+def _in_a_file(card: Source) -> bool:
+    return "file" in card.weights and "package" not in card.weights
+
+
+def _looked_at(card: Source, image_size: int | None) -> tuple[Any, dict[str, Any]]:
+    """The network; with its weights only where they are a file, of which it is not known yet whether it fits."""
+    from tfxfer.sources.catalog import load_with_report
+
+    backbone, report = load_with_report(card, image_size=image_size, weights=_in_a_file(card))
+    return backbone, {} if report is None else {"load_report": {**report.to_dict(), "text": str(report)}}
 
 
 def dry_run(data: Path, plan: Plan) -> dict[str, Any]:
-    """What a plan would freeze, without reading an image or loading weights.
+    """What a plan would freeze, without reading an image; weights are loaded only where they are a file.
 
     Returns:
-        `source`, `class_names`, and `stages`: name, freeze depth, batch_norm, num_parameters, num_trainable, and
-        `layers`: layer, block, num_parameters, num_trainable each.
+        `source`, `class_names`, `load_report` as `describe_source`, and `stages`: name, freeze depth, batch_norm,
+        num_parameters, num_trainable, and `layers`: layer, block, num_parameters, num_trainable each.
     """
     names = look_over(data)
     from tfxfer.model.build import assemble
     from tfxfer.model.freeze import freeze, list_layers
-    from tfxfer.sources.catalog import load_backbone
 
     card = source_of(plan)
-    backbone = load_backbone(card, image_size=plan.image_size, weights=False)
+    backbone, report = _looked_at(card, plan.image_size)
     model = assemble(backbone, card, list(names), dropout=plan.dropout)
     stages = []
     for stage in plan.recipe.stages:
@@ -59,4 +76,4 @@ def dry_run(data: Path, plan: Plan) -> dict[str, Any]:
                 "layers": [dataclasses.asdict(layer) for layer in layers],
             }
         )
-    return {"source": plan.source, "class_names": list(names), "stages": stages}
+    return {"source": plan.source, "class_names": list(names), "stages": stages, **report}
