@@ -288,7 +288,7 @@ def test_a_split_file_that_is_missing_or_is_none(refuses, folder, tmp_path):
         (["--seed", "-1"], "eed must be a whole number"),
         (["--batch-size", "0"], "atch_size must be at least 1"),
         (["--seeds", "0"], "um_seeds must be at least 1"),
-        (["--time-limit", "soon"], "--time-limit 'soon' is not a time; write seconds, or 5m, or 1h"),
+        (["--time-limit", "soon"], "'soon' is not a time; write seconds, or 5m, or 1h"),
         (["--baseline", "quick"], "--baseline and --no-baseline were given both"),
         (["--config", "gone.toml"], "Cannot read gone.toml"),
     ],

@@ -2,7 +2,7 @@ import keras
 import numpy as np
 import pytest
 
-from tfxfer.methods.schedule import WarmupCosine, warmup_cosine
+from tfxfer.methods.schedule import warmup_cosine
 
 
 @pytest.mark.parametrize(("total", "share"), [(50, 0.0), (50, 0.1), (40, 0.5), (7, 0.3), (200, 0.05)])
@@ -31,19 +31,3 @@ def test_it_ends_near_zero_and_never_leaves_zero_to_one():
 def test_a_stage_of_one_step_has_the_peak_rate():
     assert warmup_cosine(0, 1, 0.1) == 1.0
     assert warmup_cosine(0, 1, 0.9) == 1.0
-
-
-def test_the_callback_sets_the_rate_before_every_step():
-    seen = []
-
-    class Rates(keras.callbacks.Callback):
-        def on_train_batch_end(self, batch, logs=None):
-            seen.append(float(self.model.optimizer.learning_rate))
-
-    model = keras.Sequential([keras.Input((2,)), keras.layers.Dense(1, use_bias=False, kernel_initializer="ones")])
-    model.compile(optimizer=keras.optimizers.SGD(7.0), loss=lambda y, p: -p)  # the gradient is the input, always
-    x = np.ones((6, 2), np.float32)
-    model.fit(x, x[:, :1], batch_size=2, epochs=3, callbacks=[WarmupCosine(0.4, 9, 0.25), Rates()], verbose=0)
-    expected = [0.4 * warmup_cosine(step, 9, 0.25) for step in range(9)]
-    np.testing.assert_allclose(seen, expected, rtol=1e-6)
-    np.testing.assert_allclose(model.get_weights()[0], 1 + sum(expected), rtol=1e-5)  # and the steps were of that size

@@ -389,7 +389,7 @@ def test_a_skip_over_the_boundary_costs_speed_and_not_correctness(data):
 
 
 def test_without_a_probe_fine_tuning_is_all_there_is(data):
-    _, outcome = run(data, dataclasses.replace(STRONG, epochs=6))
+    _, outcome = run(data, dataclasses.replace(STRONG, learning_rates=(2e-3,), epochs=40))
     assert outcome.chosen == "fine_tune" and "fine_tune_against_probe" not in outcome.selection
     assert accuracy(outcome.held_probabilities, data.labels[data.held]) > 0.5
 

@@ -31,9 +31,10 @@ def test_a_model_of_one_s_own_is_what_is_trained(digits_folder, tmp_path):
 
 def test_arrays_and_a_recipe_of_one_s_own(digits, tmp_path):
     images, labels = digits
-    own = Recipe("own", (Stage("head", freeze_depth="all", epochs=3, learning_rates=(1e-2,), min_steps=False),))
+    own = Recipe("own", (Stage("head", freeze_depth="all", epochs=30, learning_rates=(1e-2,), min_steps=False),))
     run = tfxfer.fit("digits_cnn", (images[:200], labels[:200]), own, out=tmp_path / "run", augment="none", **QUICK)
     assert run.info["chosen"] == "fine_tune" and run.info["freeze_audit"]["freeze_depth"] == 4
+    assert run.metrics["validation"]["accuracy"]["value"] > 0.8 and run.metrics["test"]["accuracy"]["value"] > 0.8
     assert {row["stage"] for row in run.history} >= {"head"}
     assert run.class_names == tuple(map(str, range(10)))
     assert not (run.path / "exports").exists()

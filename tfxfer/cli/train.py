@@ -65,6 +65,12 @@ def run(
     dry_run: Annotated[bool, Option("--dry-run", help="Show what would be frozen, layer by layer, and stop.")] = False,
     print_config: Annotated[bool, Option("--print-config", help="Print the resolved config.toml and stop.")] = False,
     out: Annotated[Path | None, Option(help="Folder of the run; runs/DATA-N by default.")] = None,
+    resume: Annotated[
+        bool, Option("--resume", help="Go on with the run in --out, which was killed, stopped or interrupted.")
+    ] = False,
+    checkpoint_every: Annotated[
+        str | None, Option(help="Seconds, or 5m: what a kill may cost; 30 s by default.")
+    ] = None,
     json: Annotated[bool, Option("--json", help="Print run.json on stdout instead of a table.")] = False,
 ) -> None:
     quiet_libraries()
@@ -86,11 +92,24 @@ def run(
         found = look(data, make_plan(config, **options))
         print_json(found) if json else print_freezing(found)
         return
-    run_training(data, config, options, out=out, split=split, print_config=print_config, as_json=json)
+    more: dict[str, Any] = {"resume": resume}
+    if checkpoint_every:
+        more["checkpoint_seconds"] = parse_seconds(checkpoint_every)
+    if resume and config is None and out is not None:
+        config = begun_config(out)
+    run_training(data, config, options, out=out, split=split, print_config=print_config, as_json=json, **more)
 
 
 def run_training(
-    data: Path, config: Path | None, options: dict[str, Any], *, out, split=None, print_config=False, as_json=False
+    data: Path,
+    config: Path | None,
+    options: dict[str, Any],
+    *,
+    out,
+    split=None,
+    print_config=False,
+    as_json=False,
+    **more: Any,
 ) -> dict[str, Any]:
     """Train and show the result; a negative verdict ends with exit status 1."""
     from tfxfer.workflow.planning import make_plan
@@ -104,7 +123,7 @@ def run_training(
     with Live() as progress:
         from tfxfer.workflow.start import train_early
 
-        run = train_early(data, plan, out=out, split=split, progress=progress)
+        run = train_early(data, plan, out=out, split=split, progress=progress, **more)
     if as_json:
         print_json(run.info)
     else:
@@ -112,6 +131,14 @@ def run_training(
     if run.info["baseline"]["verdict"] == "negative":
         raise typer.Exit(1)
     return run.info
+
+
+def begun_config(out: Path) -> Path:
+    """The plan of a run that is to be gone on with."""
+    config = out / "config.toml"
+    if not config.is_file():
+        raise InputError(f"{out} is no run that was begun: it has no config.toml; drop --resume to train anew.")
+    return config
 
 
 def parse_seconds(text: str | None) -> float | None:
@@ -130,5 +157,5 @@ def parse_seconds(text: str | None) -> float | None:
     except ValueError:
         seconds = -1.0
     if not 0 < seconds < float("inf"):
-        raise InputError(f"--time-limit {text!r} is not a time; write seconds, or 5m, or 1h.")
+        raise InputError(f"{text!r} is not a time; write seconds, or 5m, or 1h.")
     return seconds

@@ -1,11 +1,18 @@
 """Feature transfer: a regularised logistic head on frozen features, its strength chosen on held-out images."""
 
 import dataclasses
+import functools
+import hashlib
+from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 from sklearn.model_selection import StratifiedGroupKFold
 
 from tfxfer.features.solvers import LinearHead, LogisticPath, choose_strength, log_softmax, weighted_log_loss
+
+# Gives arrays and facts of something named: as they are made, or as a journal has them from before.
+Memo = Callable[[str, Callable[[], tuple[dict[str, np.ndarray], dict[str, Any]]]], tuple[dict, dict]]
 
 MAX_FOLDED_IMAGES = 2000
 NUM_FOLDS = 5
@@ -30,16 +37,27 @@ class Probe:
     log_loss: float
     temperature: float
     held_log_losses: np.ndarray = dataclasses.field(repr=False)
-    _path: LogisticPath = dataclasses.field(repr=False)
+    _path: Callable[[], LogisticPath] = dataclasses.field(repr=False)
     _num_images: int = dataclasses.field(repr=False)
+    _memo: Memo = dataclasses.field(repr=False)
 
     def head(self, rows) -> LinearHead:
         """The head trained on some of the images, as a Dense layer."""
-        theta = self._path.optimum(self.strength, rows=_in_views(rows, self._num_images, self.num_views))
-        return self._path.to_head(theta, self.strength, self.log_loss)
+
+        def solve():
+            path = self._path()
+            theta = path.optimum(self.strength, rows=_in_views(rows, self._num_images, self.num_views))
+            head = path.to_head(theta, self.strength, self.log_loss)
+            return {"kernel": head.kernel, "bias": head.bias}, {}
+
+        digest = hashlib.sha256(np.asarray(rows, np.int64).tobytes()).hexdigest()[:16]
+        found, _ = self._memo(f"probe head, {self.num_views} views, rows {digest}", solve)
+        return LinearHead(found["kernel"], found["bias"], self.strength, self.log_loss)
 
 
-def fit_probe(features, labels, weights, groups, rows, held, num_classes: int, *, seed: int = 0) -> Probe:
+def fit_probe(
+    features, labels, weights, groups, rows, held, num_classes: int, *, seed: int = 0, memo: Memo | None = None
+) -> Probe:
     """Choose the regularisation of a logistic head on frozen features.
 
     Below 2 000 images by stratified, grouped cross-validation of the training rows, which costs no forward pass;
@@ -54,6 +72,7 @@ def fit_probe(features, labels, weights, groups, rows, held, num_classes: int, *
         held: Images of the validation part.
         num_classes: K.
         seed: Of the folds.
+        memo: Where the choice and the heads are kept.
 
     Returns:
         The probe; `probe.head(rows)` solves it.
@@ -63,21 +82,32 @@ def fit_probe(features, labels, weights, groups, rows, held, num_classes: int, *
         Out-of-Distribution. ICLR 2022 (the first half of LP-FT).
     """
     num_views, num_images, width = features.shape
-    path = LogisticPath(
-        features.reshape(num_views * num_images, width),
-        np.tile(labels, num_views),
-        num_classes,
-        np.tile(weights, num_views),
+    memo = memo or (lambda name, make: make())
+
+    @functools.cache
+    def path() -> LogisticPath:
+        return LogisticPath(
+            features.reshape(num_views * num_images, width),
+            np.tile(labels, num_views),
+            num_classes,
+            np.tile(weights, num_views),
+        )
+
+    def choose():
+        folds, chosen_by = make_folds(labels, groups, rows, held, seed=seed)
+        expanded = [(_in_views(train, num_images, num_views), test) for train, test in folds]
+        strength, scores = choose_strength(path(), expanded)
+        judged = np.concatenate([test for _, test in folds])
+        loss = weighted_log_loss(scores[judged], labels[judged], weights[judged])
+        facts = {"strength": strength, "chosen_by": f"{chosen_by} log loss", "log_loss": loss}
+        return {"held_log_losses": -scores[judged, labels[judged]] * weights[judged]}, facts
+
+    arrays, facts = memo(f"probe, {num_views} views", choose)
+    probe = Probe(
+        num_views=num_views, temperature=1.0, **arrays, **facts, _path=path, _num_images=num_images, _memo=memo
     )
-    folds, chosen_by = make_folds(labels, groups, rows, held, seed=seed)
-    expanded = [(_in_views(train, num_images, num_views), test) for train, test in folds]
-    strength, scores = choose_strength(path, expanded)
-    judged = np.concatenate([test for _, test in folds])
-    loss = weighted_log_loss(scores[judged], labels[judged], weights[judged])
-    losses = -scores[judged, labels[judged]] * weights[judged]
-    probe = Probe(strength, num_views, f"{chosen_by} log loss", loss, 1.0, losses, path, num_images)
     logits = probe.head(rows).logits(features[0][rows])
-    return dataclasses.replace(probe, temperature=_temperature(logits, labels[rows], weights[rows], loss))
+    return dataclasses.replace(probe, temperature=_temperature(logits, labels[rows], weights[rows], facts["log_loss"]))
 
 
 def make_folds(

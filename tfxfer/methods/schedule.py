@@ -1,8 +1,6 @@
-"""Learning-rate schedules, set step by step so that one compiled training step serves every rate tried."""
+"""Learning-rate schedules: functions of the step, so that one compiled training step serves every rate tried."""
 
 import math
-
-import keras
 
 
 def warmup_cosine(step: int, total_steps: int, warmup_share: float) -> float:
@@ -25,22 +23,3 @@ def warmup_cosine(step: int, total_steps: int, warmup_share: float) -> float:
         return (step + 1) / warmup
     done = (step - warmup) / max(total_steps - warmup, 1)
     return 0.5 * (1 + math.cos(math.pi * min(done, 1.0)))
-
-
-class WarmupCosine(keras.callbacks.Callback):
-    """Set the optimizer's rate before each step by `warmup_cosine`.
-
-    Args:
-        peak: The highest learning rate.
-        total_steps: Steps of the stage.
-        warmup_share: Share of them that climb.
-    """
-
-    def __init__(self, peak: float, total_steps: int, warmup_share: float):
-        super().__init__()
-        self.peak, self.total_steps, self.warmup_share = peak, total_steps, warmup_share
-        self.step = 0
-
-    def on_train_batch_begin(self, batch, logs=None):
-        self.model.optimizer.learning_rate = self.peak * warmup_cosine(self.step, self.total_steps, self.warmup_share)
-        self.step += 1

@@ -6,11 +6,11 @@ import keras
 import numpy as np
 
 from tfxfer.features.solvers import log_softmax
-from tfxfer.methods.fine_tune import CachedViews
 from tfxfer.model.build import build_model
 from tfxfer.model.freeze import freeze
 from tfxfer.runtime.progress import Progress
 from tfxfer.specs import Plan, Source
+from tfxfer.train.batches import EpochBatches, KerasBatches
 from tfxfer.train.outcome import TrainingData
 
 PEAK_RATE = 2e-3
@@ -81,7 +81,9 @@ def train_from_scratch(
     views = [pixels, pixels[:, :, ::-1]] if mirror else [pixels]
     targets = np.eye(data.num_classes, dtype=np.float32)[data.labels]
     weights = data.weights.astype(np.float32)
-    batches = CachedViews(_Stack(views), len(views), targets, weights, data.rows, plan.batch_size, plan.seed)
+    batches = KerasBatches(
+        EpochBatches(_Stack(views), len(views), targets, weights, data.rows, plan.batch_size, plan.seed)
+    )
     limit = max(MIN_EPOCHS, 3 * transfer_epochs)
     stop = keras.callbacks.EarlyStopping(
         monitor="val_log_loss", mode="min", patience=PATIENCE_EPOCHS, restore_best_weights=True

@@ -19,6 +19,7 @@ class TrainingData:
         groups: (N,) names.
         rows, held: Numbers of the train and of the validation images.
         num_classes: K.
+        names: (N,) of the images, for messages; or none.
         may_pool: Whether the validation part was split off by us, so that few images may be cross-fitted instead.
     """
 
@@ -30,6 +31,7 @@ class TrainingData:
     held: np.ndarray
     num_classes: int
     may_pool: bool
+    names: tuple[str, ...] = ()
 
     @property
     def all_rows(self) -> np.ndarray:

@@ -23,6 +23,7 @@ from tfxfer.model.freeze import (
 from tfxfer.runtime.progress import Progress
 from tfxfer.specs import Plan, Stage
 from tfxfer.train.clock import Clock
+from tfxfer.train.journal import Journal
 from tfxfer.train.outcome import Outcome, TrainingData
 from tfxfer.train.tuning import Tuner
 
@@ -41,6 +42,7 @@ def run_stages(
     progress: Progress | None = None,
     callbacks: Sequence[keras.callbacks.Callback] = (),
     on_model: Callable[[str], None] = lambda stage: None,
+    journal: Journal | None = None,
 ) -> Outcome:
     """Train a model of `build_model` by the stages of a recipe, in place.
 
@@ -54,6 +56,7 @@ def run_stages(
         progress: Told about phases.
         callbacks: The user's Keras callbacks; they see one run of epochs, numbered through.
         on_model: Called with a stage's name whenever the model holds something better than before.
+        journal: Where finished runs and the open one are kept, so that another process can go on from there.
 
     Returns:
         The outcome.
@@ -62,6 +65,7 @@ def run_stages(
         model, plan, tuple(stages), data, auto_depth, clock or Clock(), progress or Progress(), tuple(callbacks)
     )
     loop.on_model = on_model
+    loop.journal = journal or Journal()
     return loop.run()
 
 
@@ -70,6 +74,7 @@ class _Loop:
         self.model, self.plan, self.data = model, plan, data
         self.clock, self.progress, self.callbacks = clock, progress, callbacks
         self.on_model: Callable[[str], None] = lambda stage: None
+        self.journal = Journal()
         self.convex = next((stage for stage in stages if stage.solver == "convex"), None)
         self.tuned = tuple(stage for stage in stages if stage.solver != "convex")
         self.freezing = [auto_depth if s.freeze_depth == "auto" else s.freeze_depth for s in self.tuned]
@@ -110,7 +115,7 @@ class _Loop:
                 Tuner(
                     self.model, cut, extracted, self.data, self.plan, self.tuned, self.freezing, self.probe,
                     self._splits(), self.outcome, clock=self.clock, progress=self.progress, callbacks=self.callbacks,
-                    on_model=self.on_model,
+                    on_model=self.on_model, journal=self.journal,
                 ).tune()  # fmt: skip
             except KeyboardInterrupt:
                 self.outcome.interrupted = True
@@ -161,7 +166,7 @@ class _Loop:
         with self.outcome.timed("probe"):
             return fit_probe(
                 extracted.features, data.labels, data.weights, data.groups, rows, held, data.num_classes,
-                seed=self.plan.seed,
+                seed=self.plan.seed, memo=self.journal.memo,
             )  # fmt: skip
 
     def _pools(self) -> bool:

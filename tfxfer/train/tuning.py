@@ -5,16 +5,19 @@ from collections.abc import Callable, Sequence
 import keras
 import numpy as np
 
+from tfxfer.errors import CheckError
 from tfxfer.features.cut import Cut, cut_model
 from tfxfer.features.extract import Extracted
 from tfxfer.features.solvers import LinearHead, best_temperature, log_softmax
-from tfxfer.methods.fine_tune import SuffixTrainer, Trained, interpolate
+from tfxfer.methods.fine_tune import interpolate
 from tfxfer.methods.probe import Probe
 from tfxfer.metrics import metric_value, paired_difference
 from tfxfer.model.freeze import Depth, freeze
 from tfxfer.runtime.progress import Progress
 from tfxfer.specs import Plan, Stage
 from tfxfer.train.clock import Clock, StopOnTime
+from tfxfer.train.journal import Journal
+from tfxfer.train.loop import NotFinite, SuffixTrainer, Trained
 from tfxfer.train.outcome import Outcome, TrainingData
 
 MIN_STEPS = 100
@@ -38,7 +41,7 @@ class Tuner:
         probe: The convex stage's, or None.
         splits: Pairs (train rows, held-out rows) that decisions are made on.
         outcome: Decisions, history and seconds are written into it.
-        clock, progress, callbacks, on_model: As `run_stages` takes them.
+        clock, progress, callbacks, on_model, journal: As `run_stages` takes them.
     """
 
     def __init__(
@@ -58,10 +61,12 @@ class Tuner:
         progress: Progress,
         callbacks: Sequence[keras.callbacks.Callback],
         on_model: Callable[[str], None],
+        journal: Journal,
     ):
         self.model, self.cut, self.extracted, self.data, self.plan = model, cut, extracted, data, plan
         self.stages, self.freezing, self.probe, self.splits, self.outcome = stages, freezing, probe, splits, outcome
         self.clock, self.progress, self.callbacks, self.on_model = clock, progress, tuple(callbacks), on_model
+        self.journal = journal
         self.judged = np.concatenate([held for _, held in splits])
         self._temperature = 1.0
 
@@ -117,7 +122,7 @@ class Tuner:
             if self.clock.expired():
                 raise OutOfTime
             self.progress.phase(f"{stage.name}, fold {index + 1} of {len(self.splits)}")
-            runs.append(self._run(trainer, index, starts[index], rate, epochs))
+            runs.append(self._run(trainer, stage, index, starts[index], rate, epochs))
         used = int(np.median([run.epochs for run in runs]))
         self.outcome.selection[stage.name] |= {
             "learning_rate": rate,
@@ -137,7 +142,7 @@ class Tuner:
         losses = {}
         for rate in sorted(stage.learning_rates, reverse=True):
             self.progress.phase(f"{stage.name}, learning rate {rate:g}")
-            run = self._run(trainer, 0, start, rate, epochs, self.callbacks)
+            run = self._run(trainer, stage, 0, start, rate, epochs, self.callbacks)
             self._log(stage.name, run)
             losses[f"{rate:g}"] = run.loss
             if best is not None and np.isfinite(best.loss) and not run.loss < best.loss:
@@ -149,14 +154,45 @@ class Tuner:
         assert best is not None  # a stage has at least one rate
         return best
 
-    def _run(self, trainer, index: int, start, rate: float, epochs: int, callbacks=()) -> Trained:
+    def _run(self, trainer, stage, index: int, start, rate: float, epochs: int, callbacks=()) -> Trained:
         rows, held = self.splits[index]
+        return self._trained(
+            f"{stage.name}, fold {index}, rate {rate:g}", "fine_tune", trainer, start, rows, rate, held=held,
+            epochs=epochs, seed=self.plan.seed, callbacks=callbacks,
+        )  # fmt: skip
+
+    def _trained(
+        self, unit: str, phase: str, trainer, start, rows, rate, *, epochs, callbacks, stop_after=None, **options
+    ) -> Trained:
+        """One run, or what the journal has of it."""
         trainer.start = start
-        with self.outcome.timed("fine_tune"):
-            return trainer.run(
-                rows, rate, held=held, epochs=epochs, seed=self.plan.seed, first_epoch=len(self.outcome.history),
-                callbacks=[*self._watch(epochs), *callbacks],
-            )  # fmt: skip
+        first = len(self.outcome.history)
+        watch = [StopOnTime(self.clock), _Epochs(self.progress, first, stop_after or epochs)]
+
+        def work(open_unit):
+            try:
+                return trainer.run(
+                    rows, rate, epochs=epochs, stop_after=stop_after, first_epoch=first, watch=watch,
+                    callbacks=callbacks, unit=open_unit, **options,
+                ).state()  # fmt: skip
+            except NotFinite as error:
+                raise CheckError(self._not_finite(error, rate)) from None
+
+        with self.outcome.timed(phase):
+            return Trained.of_state(*self.journal.run(unit, work))
+
+    def _not_finite(self, error: NotFinite, rate: float) -> str:
+        names = [self.data.names[row] for row in error.rows] if self.data.names else [f"image {r}" for r in error.rows]
+        told = ", ".join(names[:8]) + (f" and {len(names) - 8} more" if len(names) > 8 else "")
+        cure = (
+            "the source gives numbers that are none for some of them"
+            if error.where == "input"
+            else f"give a smaller learning rate than {rate:g} (--lr), or look at these images"
+        )
+        return (
+            f"The {error.where} of training was not a number at step {error.step}, in the batch of {told}; training "
+            f"stopped there and what was best before is kept: {cure}."
+        )
 
     def _epochs(self, stage: Stage, count: int) -> int:
         """At least MIN_STEPS steps: six epochs of a hundred images would be 24 steps, too few to move anything."""
@@ -223,13 +259,10 @@ class Tuner:
             if self.clock.remaining() > 1.2 * (stop_after or epochs) * len(rows) * chosen["seconds_per_image"]:
                 # With one stage the freeze state is still its own, and so is the compiled step.
                 trainer = chosen["trainer"] if len(rounds) == 1 else self._trainer(stage, depth)
-                trainer.start = end
-                with self.outcome.timed("refit"):
-                    run = trainer.run(
-                        rows, rate, epochs=epochs, stop_after=stop_after, seed=self.plan.seed + 1,
-                        first_epoch=len(self.outcome.history),
-                        callbacks=[*self._watch(stop_after or epochs), *self.callbacks],
-                    )  # fmt: skip
+                run = self._trained(
+                    f"{stage.name}, refit", "refit", trainer, end, rows, rate,
+                    epochs=epochs, stop_after=stop_after, seed=self.plan.seed + 1, callbacks=self.callbacks,
+                )  # fmt: skip
             if run is None or len(run.history) < (stop_after or epochs):
                 self.outcome.selection["refit"] = "left out: the time limit did not allow it"
                 return None
@@ -249,19 +282,15 @@ class Tuner:
     def _log(self, stage: str, run: Trained) -> None:
         self.outcome.history += [{"stage": stage, **entry} for entry in run.history]
 
-    def _watch(self, epochs: int) -> list[keras.callbacks.Callback]:
-        return [StopOnTime(self.clock), _Epochs(self.progress, epochs)]
-
 
 def _with_head(weights, head: LinearHead, temperature: float) -> list[np.ndarray]:
     return [*weights[:-2], head.kernel / temperature, head.bias / temperature]
 
 
 class _Epochs(keras.callbacks.Callback):
-    def __init__(self, progress: Progress, epochs: int):
+    def __init__(self, progress: Progress, first: int, epochs: int):
         super().__init__()
-        self.progress, self.epochs, self.done = progress, epochs, 0
+        self.progress, self.first, self.epochs = progress, first, epochs
 
     def on_epoch_end(self, epoch, logs=None):
-        self.done += 1
-        self.progress.update(self.done, self.epochs)
+        self.progress.update(epoch - self.first + 1, self.epochs)

@@ -18,6 +18,7 @@ from tfxfer.runtime.images import decode_images
 from tfxfer.runtime.progress import Lines, Progress
 from tfxfer.sources.catalog import list_sources
 from tfxfer.specs import Certificate, Recipe, Source
+from tfxfer.train.journal import SAVE_EVERY_SECONDS
 from tfxfer.workflow.planning import make_plan
 from tfxfer.workflow.run import Run, as_run, write_info
 from tfxfer.workflow.scoring import image_files
@@ -55,6 +56,8 @@ def fit(
     formats: Sequence[str] = FORMATS,
     config: str | Path | None = None,
     out: str | Path | None = None,
+    resume: bool = False,
+    checkpoint_seconds: float = SAVE_EVERY_SECONDS,
     progress: Progress | None = None,
 ) -> Run:
     """Transfer a source to labelled images: train, choose, score, export, verify, and compare with baselines.
@@ -92,6 +95,9 @@ def fit(
         formats: Exports; () for none.
         config: A run's config.toml to start from; arguments win over it.
         out: The run's folder; `runs/NAME-N` by default.
+        resume: Go on with the run in `out`, which was killed, interrupted or ran into an error; of a complete one
+            nothing is done again. Everything else must be as it was.
+        checkpoint_seconds: What a kill may cost: the state of training is saved that often.
         progress: Told about phases; lines on stderr by default, `tfxfer.Progress()` for silence.
 
     Returns:
@@ -139,6 +145,8 @@ def fit(
         callbacks=callbacks,
         formats=formats,
         progress=progress or Lines(),
+        resume=resume,
+        checkpoint_seconds=checkpoint_seconds,
     )
 
 

@@ -15,9 +15,12 @@ from tfxfer.data.values import as_images
 from tfxfer.errors import CheckError, InputError
 from tfxfer.runtime.files import atomic_path, sha256_of_file, write_json
 from tfxfer.sources.safety import check_finite, check_keras_archive
+from tfxfer.specs import Plan
+from tfxfer.train.lock import check_free
 
 RUN_FILE = "run.json"
 MODEL_FILE = "model.keras"
+CHECKPOINTS = "checkpoints"
 
 
 class Run:
@@ -194,12 +197,46 @@ def new_run_folder(out: str | Path | None, name: str) -> Path:
         ]
         return base / f"{stem}-{max(taken, default=0) + 1}"
     out = Path(out)
+    check_free(out)
     if (out / RUN_FILE).exists():
-        raise InputError(f"{out} is already a run; give another --out, or remove it first.")
+        unfinished = _status(out) not in ("complete", "")
+        go_on = "go on with it by --resume, " if unfinished else ""
+        raise InputError(f"{out} is already a run; {go_on}give another --out, or remove it first.")
     at = next(path for path in (out, *out.absolute().parents) if path.exists())
     if not at.is_dir() or (at == out and any(out.iterdir())):
         raise InputError(f"{out} exists and is not an empty folder; give another --out.")
     return out
+
+
+def begun_run(out: str | Path | None, plan: Plan) -> Run:
+    """The run in a folder that is to be gone on with.
+
+    Args:
+        out: Its folder.
+        plan: What is asked for; must be what the run was begun with.
+
+    Raises:
+        InputError: Where there is no such run, or it was begun with another plan.
+    """
+    if out is None:
+        raise InputError("To resume, name the run's folder: --out RUN --resume.")
+    check_free(Path(out))
+    run = load_run(out)
+    before, wanted = run.info["plan"], json.loads(json.dumps(plan.to_dict()))
+    other = [key for key in wanted if before.get(key) != wanted[key]]
+    if other:
+        raise InputError(
+            f"{run.path} was begun with another {' and '.join(other)}; resume it without such options, or train anew "
+            "into another --out."
+        )
+    return run
+
+
+def _status(folder: Path) -> str:
+    try:
+        return str(json.loads((folder / RUN_FILE).read_text(encoding="utf-8")).get("status", ""))
+    except (ValueError, OSError, AttributeError):
+        return ""
 
 
 def write_info(folder: Path, info: dict[str, Any]) -> None:

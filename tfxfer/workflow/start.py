@@ -10,7 +10,7 @@ from tfxfer.data.load import look_over
 from tfxfer.errors import InputError
 from tfxfer.runtime.progress import Progress
 from tfxfer.specs import Plan
-from tfxfer.workflow.run import Run, new_run_folder
+from tfxfer.workflow.run import Run, begun_run, new_run_folder
 
 
 def read_data(data: Any, plan: Plan, split: str | Path | None, progress: Progress) -> Dataset:
@@ -30,12 +30,29 @@ def read_data(data: Any, plan: Plan, split: str | Path | None, progress: Progres
     )
 
 
-def train_early(data: Path, plan: Plan, *, out: str | Path | None, split: str | Path | None, progress: Progress) -> Run:
+def train_early(
+    data: Path,
+    plan: Plan,
+    *,
+    out: str | Path | None,
+    split: str | Path | None,
+    progress: Progress,
+    **options: Any,
+) -> Run:
     """`training.train` on a folder or CSV, with the import of TensorFlow and the decoding of images side by side.
 
     Decoding is Pillow's, in threads that hold no lock; importing TensorFlow is three to fifteen seconds of one core.
+
+    Args:
+        data: Folder or CSV.
+        plan: What to do.
+        out, split, progress: As `train` takes them.
+        **options: Its others.
     """
-    folder = new_run_folder(out, Path(data).name)
+    unfinished = begun_run(out, plan) if options.get("resume") else None
+    if unfinished and unfinished.info["status"] == "complete":
+        return unfinished
+    folder = unfinished.path if unfinished else new_run_folder(out, Path(data).name)
     if not Path(data).exists():  # nothing to wait for an import for
         raise InputError(f"There is no folder or CSV file {data}; give the one that holds the images.")
     look_over(data)
@@ -49,7 +66,16 @@ def train_early(data: Path, plan: Plan, *, out: str | Path | None, split: str | 
         importer.join()  # Python must not end while the import runs
     from tfxfer.workflow.training import train
 
-    return train(dataset, plan, out=folder, progress=progress)
+    _decide_always_alike()
+    return train(dataset, plan, out=folder, progress=progress, **options)
+
+
+def _decide_always_alike() -> None:
+    """On CPU every sum in the same order, so that a resumed run is the unstopped one; that costs nothing there."""
+    import tensorflow as tf
+
+    if not tf.config.list_physical_devices("GPU"):
+        tf.config.experimental.enable_op_determinism()
 
 
 def _import_quietly() -> None:

@@ -32,10 +32,12 @@ from tfxfer.select.scratch import train_from_scratch
 from tfxfer.sources.catalog import load_with_report
 from tfxfer.specs import Plan, Source, Stage
 from tfxfer.train.clock import Clock
+from tfxfer.train.journal import SAVE_EVERY_SECONDS, Journal, Terminated
+from tfxfer.train.lock import HOLDER_FILE, LOCK_FILE, training_lock
 from tfxfer.train.outcome import Outcome, TrainingData
 from tfxfer.train.stages import run_stages
 from tfxfer.workflow.planning import auto_depth, source_of
-from tfxfer.workflow.run import MODEL_FILE, Run, new_run_folder, write_history, write_info
+from tfxfer.workflow.run import CHECKPOINTS, MODEL_FILE, Run, begun_run, new_run_folder, write_history, write_info
 from tfxfer.workflow.start import read_data
 
 NUM_SAMPLES = 64
@@ -53,16 +55,34 @@ def train(
     callbacks: Sequence[keras.callbacks.Callback] = (),
     formats: Sequence[str] = FORMATS,
     progress: Progress | None = None,
+    resume: bool = False,
+    checkpoint_seconds: float = SAVE_EVERY_SECONDS,
 ) -> Run:
     """Run a plan on data; the public face is `tfxfer.fit`."""
-    folder = new_run_folder(
-        out, Path(str(data)).name if isinstance(data, str | Path) else getattr(data, "name", "data")
-    )
-    return _Job(data, plan, folder, model, split, tuple(callbacks), tuple(formats), progress or Progress(), card).run()
+    name = Path(str(data)).name if isinstance(data, str | Path) else getattr(data, "name", "data")
+    unfinished = begun_run(out, plan) if resume else None
+    if unfinished is not None and unfinished.info["status"] == "complete":
+        return unfinished
+    folder = unfinished.path if unfinished else new_run_folder(out, name)
+    kept = folder.exists()
+    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        with training_lock(folder):
+            job = _Job(
+                data, plan, folder, model, split, tuple(callbacks), tuple(formats), progress or Progress(), card,
+                unfinished, checkpoint_seconds,
+            )  # fmt: skip
+            return job.run()
+    finally:
+        if not kept and not any(folder.iterdir()):
+            folder.rmdir()  # nothing was trained: the name is free again
 
 
 class _Job:
-    def __init__(self, data, plan: Plan, folder: Path, model, split, callbacks, formats, progress: Progress, card):
+    def __init__(
+        self, data, plan: Plan, folder: Path, model, split, callbacks, formats, progress: Progress, card,
+        unfinished: Run | None, checkpoint_seconds: float,
+    ):  # fmt: skip
         self.plan, self.folder, self.progress = plan, folder, progress
         self.callbacks, self.formats = callbacks, formats
         self.card: Source = card or source_of(plan)
@@ -70,6 +90,8 @@ class _Job:
         self.seconds: dict[str, float] = {}
         self.clock = Clock(plan.time_limit_seconds)
         self.given_model = model
+        self.unfinished = unfinished
+        self.journal = Journal(folder / CHECKPOINTS, every_seconds=checkpoint_seconds)
         self.info: dict[str, Any] = {}
         if callbacks and all(stage.solver == "convex" for stage in self.stages):
             raise InputError("Without fine-tuning there are no epochs, so callbacks would do nothing; drop them.")
@@ -81,14 +103,21 @@ class _Job:
             self.dataset = read_data(data, plan, split, self.progress)
         for part in ("train", "val", "test"):
             self.dataset.part(part)  # where one is missing, say so before anything is computed
+        if unfinished is not None and unfinished.info["data"]["fingerprint"] != self.dataset.fingerprint:
+            raise InputError(
+                f"The images are no longer those that {folder} was begun with (fingerprint "
+                f"{self.dataset.fingerprint[:12]}, not {unfinished.info['data']['fingerprint'][:12]}): what was "
+                "measured on the old ones does not hold; bring them back, or train anew into another --out."
+            )
 
     def run(self) -> Run:
         try:
-            return self._run()
+            with self.journal.ends_on_sigterm():
+                return self._run()
         except BaseException as error:
             if not (self.folder / MODEL_FILE).exists():
-                if (self.folder / "config.toml").exists():
-                    shutil.rmtree(self.folder, ignore_errors=True)  # nothing was trained: the name is free again
+                if self.unfinished is None and not isinstance(error, Terminated):
+                    _empty(self.folder)  # nothing was trained: the name is free again
             elif isinstance(error, KeyboardInterrupt):
                 self._write("interrupted")
                 raise Interrupted(f"Interrupted; the best model so far is {self.folder / MODEL_FILE}.") from None
@@ -100,11 +129,11 @@ class _Job:
     def _run(self) -> Run:
         model = self._build()
         training = self._training_data()
-        self.folder.mkdir(parents=True, exist_ok=True)
         write_text(self.folder / "config.toml", tomli_w.dumps(self.plan.to_dict()))
         self.dataset.write_split(self.folder / "split.csv")
         self._describe()
-        outcome = self._train(model, training, self.plan, self._save)
+        self._write("begun")
+        outcome = self._train(model, training, self.plan, self._save, self.journal)
         self._save(model, "final")
         self._record(outcome)
         write_history(self.folder / "history.csv", outcome.history)
@@ -121,6 +150,7 @@ class _Job:
         else:
             self._judge(training, outcome, probabilities)
         self._write("complete")
+        self.journal.clear()
         return Run(self.folder, self.info, self.plan.trust)
 
     # -- steps ------------------------------------------------------------------------------------------------------
@@ -169,13 +199,15 @@ class _Job:
             held=np.arange(len(train), len(labels)),
             num_classes=self.dataset.num_classes,
             may_pool="val" in self.dataset.split.get("fractions", {}),
+            names=(*train.ids, *val.ids),
         )
 
-    def _train(self, model, training: TrainingData, plan: Plan, save) -> Outcome:
+    def _train(self, model, training: TrainingData, plan: Plan, save, journal: Journal) -> Outcome:
         with self._timed("train"):
             return run_stages(
                 model, plan, self.stages, training, auto_depth=auto_depth(self.card), clock=self.clock,
                 progress=self.progress, callbacks=self.callbacks, on_model=lambda stage: save(model, stage),
+                journal=journal,
             )  # fmt: skip
 
     def _save(self, model, stage: str) -> None:
@@ -206,6 +238,7 @@ class _Job:
             "selection": outcome.selection,
             "freeze_audit": outcome.audit,
             "cache": outcome.cache,
+            "resumed": self.journal.resumed,
             "out_of_time": outcome.out_of_time,
         }
         self.seconds |= {f"train.{phase}": seconds for phase, seconds in outcome.seconds.items()}
@@ -278,7 +311,8 @@ class _Job:
             if seed != self.plan.seed:
                 model = self._build(plan)
                 self.clock = Clock(plan.time_limit_seconds)
-                if self._train(model, training, plan, lambda model, stage: None).interrupted:
+                journal = Journal(self.folder / CHECKPOINTS / f"seed-{seed}")
+                if self._train(model, training, plan, lambda model, stage: None, journal).interrupted:
                     raise KeyboardInterrupt
                 ours.append(model.predict(pixels, batch_size=64, verbose=0))
             tables, fact = self._baselines(training, outcome, plan, pixels)
@@ -335,6 +369,12 @@ class _Job:
             yield
         finally:
             self.seconds[phase] = self.seconds.get(phase, 0.0) + time.perf_counter() - started
+
+
+def _empty(folder: Path) -> None:
+    for path in folder.iterdir():
+        if path.name not in (LOCK_FILE, HOLDER_FILE):
+            shutil.rmtree(path) if path.is_dir() else path.unlink()
 
 
 def _checked(model: keras.Model, num_classes: int) -> keras.Model:

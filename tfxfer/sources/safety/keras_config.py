@@ -39,6 +39,7 @@ FUNCTION_MODULES = {
 }
 OURS = {
     "tfxfer>AdaptImage": "AdaptImage",
+    "tfxfer>BlockwiseAdamW": "BlockwiseAdamW",
     "tfxfer>HubBackbone": "HubBackbone",
     "tfxfer>HubLayer": "HubLayer",
 }

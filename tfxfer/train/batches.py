@@ -1,0 +1,97 @@
+"""Batches of cached activations: which images, in which order, in which view is a function of seed and epoch alone."""
+
+import concurrent.futures
+import dataclasses
+from collections.abc import Iterator
+from typing import Any
+
+import keras
+import numpy as np
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Batch:
+    """What one step sees.
+
+    Attributes:
+        rows: (n,) numbers of the images.
+        activations: (n, ...).
+        targets: (n, K) shares of the classes.
+        weights: (n,) loss weights.
+    """
+
+    rows: np.ndarray
+    activations: np.ndarray
+    targets: np.ndarray
+    weights: np.ndarray
+
+
+class EpochBatches:
+    """The batches of any epoch, from any batch on; the next one is read while the present one is computed on.
+
+    Args:
+        activations: Indexed by (views, rows) arrays, such as a (V, N, ...) array.
+        num_views: V.
+        targets: (N, K).
+        weights: (N,) loss weights.
+        rows: Images used.
+        batch_size: Images a step.
+        seed: Two with the same seed give the same batches.
+
+    Example:
+        >>> data = EpochBatches(np.arange(8.0).reshape(2, 4), 2, np.eye(4), np.ones(4), np.arange(4), 3, seed=0)
+        >>> len(data), sorted(int(row) for batch in data.epoch(0) for row in batch.rows)
+        (2, [0, 1, 2, 3])
+    """
+
+    def __init__(self, activations: Any, num_views: int, targets, weights, rows, batch_size: int, seed: int):
+        self._activations, self._num_views = activations, num_views
+        self._targets, self._weights = targets, weights
+        self._rows, self._batch_size, self._seed = np.asarray(rows), batch_size, seed
+
+    def __len__(self) -> int:
+        return -(-len(self._rows) // self._batch_size)
+
+    def order(self, epoch: int) -> tuple[np.ndarray, np.ndarray]:
+        """The rows of an epoch in their order, and the view that each is seen in."""
+        random = np.random.default_rng((self._seed, epoch))
+        return random.permutation(self._rows), random.integers(self._num_views, size=len(self._rows))
+
+    def epoch(self, epoch: int, first: int = 0) -> Iterator[Batch]:
+        """The batches of an epoch, from number `first` on."""
+        order = self.order(epoch)
+        if first >= len(self):
+            return
+        with concurrent.futures.ThreadPoolExecutor(1) as pool:
+            waiting = pool.submit(self.read, order, first)
+            for following in range(first + 1, len(self) + 1):
+                batch = waiting.result()
+                if following < len(self):
+                    waiting = pool.submit(self.read, order, following)
+                yield batch
+
+    def read(self, order: tuple[np.ndarray, np.ndarray], index: int) -> Batch:
+        """Batch `index` of an order."""
+        picked = slice(index * self._batch_size, (index + 1) * self._batch_size)
+        rows, views = (part[picked] for part in order)
+        return Batch(rows, self._activations[views, rows], self._targets[rows], self._weights[rows])
+
+
+class KerasBatches(keras.utils.PyDataset):
+    """`EpochBatches` for Keras' own `fit`."""
+
+    def __init__(self, batches: EpochBatches):
+        super().__init__(workers=1, use_multiprocessing=False)
+        self._batches, self._number = batches, 0
+        self._order = batches.order(0)
+
+    def __len__(self):
+        return len(self._batches)
+
+    def __getitem__(self, index):
+        batch = self._batches.read(self._order, index)
+        return batch.activations, batch.targets, batch.weights
+
+    def on_epoch_end(self):
+        self._number += 1
+        self._order = self._batches.order(self._number)

@@ -1,0 +1,282 @@
+"""Training of a model's suffix from cached activations, step by step, so that it can stop and go on at any batch."""
+
+import dataclasses
+import time
+from collections.abc import Sequence
+from typing import Any
+
+import keras
+import numpy as np
+
+from tfxfer.features.extract import Extracted
+from tfxfer.features.solvers import log_softmax
+from tfxfer.methods.fine_tune import make_optimizer
+from tfxfer.methods.schedule import warmup_cosine
+from tfxfer.specs import Stage
+from tfxfer.train.batches import Batch, EpochBatches
+from tfxfer.train.journal import Arrays, Facts, OpenUnit
+from tfxfer.train.state import callback_states, set_callback_states
+from tfxfer.train.step import NUM_SUMS, TrainingStep
+
+HELD_BATCH = 256
+
+
+class NotFinite(Exception):
+    """A step met numbers that are none.
+
+    Attributes:
+        rows: Images of the batch.
+        step: Its number, from 1.
+        where: "input" or "loss".
+    """
+
+    def __init__(self, batch: Batch, step: int):
+        self.rows, self.step = batch.rows, step
+        self.where = "loss" if np.isfinite(batch.activations).all() else "input"
+        super().__init__(f"{self.where} at step {step}")
+
+
+@dataclasses.dataclass
+class Trained:
+    """One training of a suffix.
+
+    Attributes:
+        weights: Of the best epoch on the held-out rows, or of the last where there are none.
+        learning_rate: Its peak.
+        epochs: Epochs that led to `weights`.
+        history: One dict an epoch, with the names that Keras uses.
+        held_log_probabilities: (n, K) of the held-out rows, plain view; None where there are none.
+        loss: Of those, with label smoothing; infinite where it was not a number, NaN where there are none.
+        seconds_per_image: Of an image in an epoch.
+        complete: Whether no callback stopped it early.
+    """
+
+    weights: list[np.ndarray]
+    learning_rate: float
+    epochs: int
+    history: list[dict]
+    held_log_probabilities: np.ndarray | None
+    loss: float
+    seconds_per_image: float
+    complete: bool = True
+
+    def state(self) -> tuple[Arrays, Facts]:
+        """For a journal."""
+        arrays = {f"weights/{index}": value for index, value in enumerate(self.weights)}
+        if self.held_log_probabilities is not None:
+            arrays["held"] = self.held_log_probabilities
+        names = ("learning_rate", "epochs", "history", "loss", "seconds_per_image", "complete")
+        return arrays, {name: getattr(self, name) for name in names}
+
+    @classmethod
+    def of_state(cls, arrays: Arrays, facts: Facts) -> "Trained":
+        """What `state` gave."""
+        return cls(weights=_listed(arrays, "weights"), held_log_probabilities=arrays.get("held"), **facts)
+
+
+@dataclasses.dataclass
+class _Progress:
+    """How far a run has come."""
+
+    epoch: int = 0
+    batch: int = 0
+    sums: np.ndarray = dataclasses.field(default_factory=lambda: np.zeros(NUM_SUMS))
+    history: list[dict] = dataclasses.field(default_factory=list)
+    best: list[np.ndarray] | None = None
+    best_loss: float = float("inf")
+    best_epoch: int = 0
+    seconds: float = 0.0
+
+
+class SuffixTrainer:
+    """Trains the suffix of a cut model from a given start, as often as asked; compiled once.
+
+    The rate, the optimizer's state and the weights are set anew for each run, so that trying three learning rates
+    costs one compilation.
+
+    Args:
+        suffix: Activations to logits; its `trainable` flags are as they should be.
+        extracted: Activations of N images in V views.
+        labels: (N,) int.
+        weights: (N,) loss weights.
+        stage: Epochs, schedule, decay, smoothing.
+        batch_size: Images a step.
+        patience: Epochs without a better held-out loss before a run stops.
+    """
+
+    def __init__(self, suffix, extracted: Extracted, labels, weights, stage: Stage, batch_size: int, patience: int = 4):
+        self.suffix, self.extracted, self.stage = suffix, extracted, stage
+        self.labels, self.weights = np.asarray(labels), np.asarray(weights, np.float32)
+        self.targets = np.eye(suffix.output_shape[-1], dtype=np.float32)[self.labels]
+        self.batch_size, self.patience = batch_size, patience
+        self.start = suffix.get_weights()
+        optimizer = make_optimizer(suffix, stage)
+        suffix.compile(optimizer=optimizer)  # so that callbacks find it where they look for it
+        self.step = TrainingStep(suffix, optimizer, smoothing=stage.label_smoothing)
+        self._fresh = [variable.numpy() for variable in optimizer.variables]
+
+    def run(
+        self,
+        rows,
+        learning_rate: float,
+        *,
+        held=None,
+        epochs: int | None = None,
+        stop_after: int | None = None,
+        first_epoch: int = 0,
+        seed: int = 0,
+        callbacks: Sequence[keras.callbacks.Callback] = (),
+        watch: Sequence[keras.callbacks.Callback] = (),
+        unit: OpenUnit | None = None,
+    ) -> Trained:
+        """Train once from the start weights.
+
+        Args:
+            rows: Images trained on.
+            learning_rate: Peak.
+            held: Images whose loss is watched; the best epoch's weights are kept.
+            epochs: Length of the schedule; the stage's by default.
+            stop_after: Stop after so many epochs of the schedule (a refit to the best epoch found before).
+            first_epoch: Number of the first epoch in what callbacks and history see.
+            seed: Of shuffle, views and dropout.
+            callbacks: The user's. Plain attributes of theirs (a best value, a count) are kept in checkpoints.
+            watch: Callbacks of ours, without a state.
+            unit: Where the state is kept, so that another process can go on from there.
+
+        Raises:
+            NotFinite: Where input or loss are not numbers and no held-out images would tell that the rate is too high.
+        """
+        epochs = epochs or self.stage.epochs
+        batches = EpochBatches(
+            self.extracted.activations, len(self.extracted.views), self.targets, self.weights, rows, self.batch_size,
+            seed,
+        )  # fmt: skip
+        self._restart(seed)
+        done = _Progress()
+        watched = keras.callbacks.CallbackList([*watch, *callbacks], model=self.suffix)
+        watched.set_params({"epochs": first_epoch + (stop_after or epochs), "steps": len(batches), "verbose": 0})
+        self.suffix.stop_training = False
+        watched.on_train_begin()
+        found = unit.state() if unit else None
+        if found:
+            done = self._restore(*found, callbacks)
+        try:
+            while done.epoch < (stop_after or epochs) and not self.suffix.stop_training:
+                self._epoch(done, batches, learning_rate, epochs, held, first_epoch, watched, callbacks, unit)
+                if held is not None and done.epoch - done.best_epoch >= self.patience:
+                    break
+        except NotFinite as error:
+            if held is None or error.where == "input":
+                raise
+            done.history.append({"epoch": first_epoch + done.epoch, "learning_rate": learning_rate})
+        watched.on_train_end()
+        return self._result(done, learning_rate, held, len(rows), stop_after or epochs)
+
+    def _epoch(self, done, batches, learning_rate, epochs, held, first_epoch, watched, callbacks, unit) -> None:
+        number = first_epoch + done.epoch
+        watched.on_epoch_begin(number)
+        total, began = epochs * len(batches), time.perf_counter()
+        for batch in batches.epoch(done.epoch, done.batch):
+            step = done.epoch * len(batches) + done.batch
+            share = warmup_cosine(step, total, self.stage.warmup_share)
+            self.suffix.optimizer.learning_rate = learning_rate * share
+            watched.on_train_batch_begin(done.batch)
+            result = self.step(batch)
+            if not result.finite:
+                raise NotFinite(batch, step + 1)
+            done.sums += result.sums
+            watched.on_train_batch_end(done.batch, _logs(done.sums))
+            done.batch += 1
+            if self.suffix.stop_training:
+                break
+            if unit is not None and unit.due():
+                done.seconds += time.perf_counter() - began
+                began = time.perf_counter()
+                unit.save(*self._state(done, callbacks))
+        logs = _logs(done.sums)
+        if held is not None:
+            logs |= self._judge(done, held)
+        done.epoch, done.batch, done.sums = done.epoch + 1, 0, np.zeros(NUM_SUMS)
+        if held is not None and logs["val_loss"] < done.best_loss:
+            done.best, done.best_loss, done.best_epoch = self.suffix.get_weights(), logs["val_loss"], done.epoch
+        done.history.append({"epoch": number, "learning_rate": learning_rate, **logs})
+        done.seconds += time.perf_counter() - began
+        watched.on_epoch_end(number, logs)
+
+    def _judge(self, done: _Progress, held) -> dict[str, float]:
+        """Keras' numbers for the held-out rows."""
+        table = self.log_probabilities(held)
+        weights, targets = self.weights[held], self.targets[held]
+        smooth = targets * (1 - self.stage.label_smoothing) + self.stage.label_smoothing / targets.shape[1]
+        own = sum(float(loss) for loss in self.suffix.losses)
+        # The smoothed loss: the plain log loss would punish the caution that smoothing teaches.
+        loss = -float((smooth * table).sum(1) @ weights) / len(held) + own
+        hits = table.argmax(1) == self.labels[held]
+        return {
+            "val_loss": loss if np.isfinite(loss) else float("inf"),
+            "val_accuracy": float(hits @ weights / weights.sum()),
+            "val_log_loss": -float((targets * table).sum(1) @ weights / weights.sum()),
+        }
+
+    def _result(self, done: _Progress, learning_rate: float, held, count: int, wanted: int) -> Trained:
+        used, scores, loss = len(done.history), None, float("nan")
+        if held is not None:
+            if done.best is not None:
+                self.suffix.set_weights(done.best)
+            used, loss = max(done.best_epoch, 1), done.best_loss
+            scores = self.log_probabilities(held)
+        seconds = done.seconds / max(len(done.history) * count, 1)
+        complete = len(done.history) == wanted or (held is not None and not self.suffix.stop_training)
+        return Trained(self.suffix.get_weights(), learning_rate, used, done.history, scores, loss, seconds, complete)
+
+    def log_probabilities(self, rows) -> np.ndarray:
+        """(n, K) for the plain view, with the suffix's present weights."""
+        logits = self.suffix.predict(self.extracted.activations[0][rows], batch_size=HELD_BATCH, verbose=0)
+        return log_softmax(logits)
+
+    # -- the state of a run -------------------------------------------------------------------------------------------
+
+    def _restart(self, seed: int) -> None:
+        keras.utils.set_random_seed(seed)
+        self.suffix.set_weights(self.start)
+        for variable in self.suffix.variables:
+            if variable.path.endswith("seed_generator_state"):  # dropout's own, which no global seed reaches
+                variable.assign([seed, 0])
+        for variable, value in zip(self.suffix.optimizer.variables, self._fresh, strict=True):
+            variable.assign(value)
+
+    def _state(self, done: _Progress, callbacks) -> tuple[Arrays, Facts]:
+        arrays = {"sums": done.sums}
+        for kind, values in (("model", self.suffix.variables), ("optimizer", self.suffix.optimizer.variables)):
+            arrays |= {f"{kind}/{index}": variable.numpy() for index, variable in enumerate(values)}
+        arrays |= {f"best/{index}": value for index, value in enumerate(done.best or ())}
+        told, facts = callback_states(callbacks)
+        names = ("epoch", "batch", "history", "best_loss", "best_epoch", "seconds")
+        return arrays | told, {
+            **{name: getattr(done, name) for name in names},
+            "callbacks": facts,
+            "at": f"epoch {done.epoch + 1}, batch {done.batch}",
+        }
+
+    def _restore(self, arrays: Arrays, facts: Facts, callbacks) -> _Progress:
+        for kind, variables in (("model", self.suffix.variables), ("optimizer", self.suffix.optimizer.variables)):
+            for variable, value in zip(variables, _listed(arrays, kind), strict=True):
+                variable.assign(value)
+        set_callback_states(callbacks, arrays, facts["callbacks"])
+        names = ("epoch", "batch", "history", "best_loss", "best_epoch", "seconds")
+        kept: dict[str, Any] = {name: facts[name] for name in names}
+        return _Progress(sums=arrays["sums"], best=_listed(arrays, "best") or None, **kept)
+
+
+def _logs(sums: np.ndarray) -> dict[str, float]:
+    loss, images, hits, log_loss, weights = sums
+    return {
+        "loss": float(loss / images),
+        "accuracy": float(hits / max(weights, 1e-12)),
+        "log_loss": float(log_loss / max(weights, 1e-12)),
+    }
+
+
+def _listed(arrays: Arrays, kind: str) -> list[np.ndarray]:
+    count = sum(name.startswith(f"{kind}/") for name in arrays)
+    return [arrays[f"{kind}/{index}"] for index in range(count)]
