@@ -144,7 +144,8 @@ def depth_of(names: Sequence[str], depth: int | float | str) -> int:
         return round(number * len(names))
     if isinstance(depth, bool) or not number.is_integer() or not 0 <= number <= len(names):
         raise InputError(
-            f"Freeze depth {depth} is out of range: there are {len(names)} blocks; give 0 to {len(names)}, or all."
+            f"Freeze depth {depth} is out of range: there are {len(names)} blocks; give 0 to {len(names)}, a share "
+            "between 0 and 1, or all."
         )
     return int(number)
 

@@ -93,6 +93,19 @@ def test_what_would_do_nothing_to_a_source_is_refused(refuses, tmp_path, digits_
     assert "Unknown input range 'foo'" in sentence and "caffe" in sentence
 
 
+def test_a_source_without_classes_of_its_own_predicts_nothing(refuses, folder, tmp_path):
+    net = [keras.layers.Rescaling(1 / 255), keras.layers.Conv2D(4, 3), keras.layers.GlobalAveragePooling2D()]
+    keras.Sequential([keras.Input((32, 32, 3)), *net]).save(tmp_path / "net.keras")
+    photos(folder, cat=1)
+    assert "nothing to predict" in refuses("predict", "--source", tmp_path / "net.keras", folder)
+
+
+def test_a_folder_without_its_prefix_is_told_how_it_is_spelled(refuses, tmp_path):
+    (tmp_path / "module").mkdir()
+    (tmp_path / "module" / "saved_model.pb").write_bytes(b"")
+    assert f"is spelled hub:{tmp_path / 'module'}." in refuses("sources", tmp_path / "module")
+
+
 def test_a_file_with_the_weights_of_another_network_is_refused_before_training(refuses, tmp_path, digits_folder):
     file = tmp_path / "other.weights.h5"
     layers = [keras.layers.Conv2D(4, 3, name="first"), keras.layers.Flatten(), keras.layers.Dense(2, name="last")]

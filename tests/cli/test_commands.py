@@ -108,6 +108,32 @@ def test_a_dry_run_shows_what_would_be_frozen_and_reads_no_image(digits_folder, 
     assert list(tmp_path.iterdir()) == []
 
 
+def test_a_source_s_default_depth_is_shown_as_blocks(tmp_path, monkeypatch):
+    assert (
+        json.loads(invoke("sources", "digits_cnn", "--json").stdout)["fine_tune_depth"]
+        == get_source("digits_cnn").fine_tune_depth
+    )
+    monkeypatch.chdir(tmp_path)
+    backbone = keras.applications.MobileNet(weights=None, include_top=False, input_shape=(32, 32, 3), alpha=0.25)
+    backbone.save("net.keras")
+    found = json.loads(invoke("sources", "net.keras", "--input-range", "-1..1", "--json").stdout)
+    assert found["fine_tune_depth"] == round(0.7 * len(found["blocks"])) > 2
+
+
+def test_a_source_of_one_s_own_predicts_classes_without_names(tmp_path, digits):
+    net = [keras.layers.Rescaling(1 / 255), keras.layers.Conv2D(4, 3), keras.layers.GlobalAveragePooling2D()]
+    top = keras.layers.Dense(3, activation="softmax")
+    keras.Sequential([keras.Input((32, 32, 3)), *net, top]).save(tmp_path / "net.keras")
+    Image.fromarray(digits[0][0]).save(tmp_path / "digit.png")
+    found = invoke("predict", "--source", tmp_path / "net.keras", tmp_path / "digit.png", "--top", 3, "--json")
+    assert found.exit_code == 0, (found.exception, found.output)
+    rows = json.loads(found.stdout)["predictions"][0]["classes"]
+    assert {row["name"] for row in rows} == {"class 0", "class 1", "class 2"}
+    expected = keras.models.load_model(tmp_path / "net.keras").predict(digits[0][:1], verbose=0)[0]
+    for row in rows:
+        assert row["probability"] == pytest.approx(float(expected[int(row["name"][-1])]), abs=1e-5)
+
+
 def test_what_fits_of_a_weights_file_is_shown_before_training(digits_folder, tmp_path, monkeypatch):
     """A file without the last block: refused whole, told in part, by `sources` and by a dry run alike."""
     monkeypatch.chdir(tmp_path)

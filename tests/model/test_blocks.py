@@ -73,7 +73,9 @@ def test_depth_is_a_count_a_name_or_all(depth, count):
 
 @pytest.mark.parametrize("depth", [-1, 4, "4", "-1", 1.5, "1.5", True])
 def test_a_depth_out_of_range_is_refused(depth):
-    with pytest.raises(InputError, match=r"out of range: there are 3 blocks; give 0 to 3, or all"):
+    with pytest.raises(
+        InputError, match=r"out of range: there are 3 blocks; give 0 to 3, a share between 0 and 1, or all"
+    ):
         resolve_depth(THREE, depth)
 
 

@@ -320,3 +320,11 @@ def test_statistics_are_adapted_where_nothing_is_frozen_and_nowhere_else():
     before = values(model)
     adapt_batch_norm(model, IMAGES)
     assert moved(before, model) == {"c_bn/moving_mean", "c_bn/moving_variance"}
+
+
+def test_statistics_are_not_adapted_to_images_that_were_divided_by_255():
+    model = freeze(norm_model(), 1, batch_norm="adapt")
+    before = values(model)
+    with pytest.raises(InputError, match="multiply them by 255"):
+        adapt_batch_norm(model, pictures(8) / 255.0)
+    assert moved(before, model) == set()

@@ -350,10 +350,47 @@ TRAINS = {
 @pytest.mark.parametrize("kind", TRAINS)
 def test_a_training_endpoint_takes_images_and_nothing_else(kind, tmp_path):
     given, named, is_endpoint = TRAINS[kind]
-    train = counted(lambda net, images, labels, weights: tf.cast(images, tf.float32))
+    train = counted(lambda net, images, labels, weights: results_of(net, images))
     anatomy = anatomy_of(save_module(tmp_path / kind, WithTrain(network(), train, *given, **named)))
     assert anatomy.training_endpoint == ("train" if is_endpoint else "")
     assert any(slot.name == "steps" for slot in anatomy.slots) == is_endpoint
+
+
+def results_of(net, images):
+    """As inference gives them, whatever comes in."""
+    if images.dtype == tf.float32 and len(images.shape) == 4:
+        return net(images, training=True)
+    return net(tf.zeros((2, SIZE_PX, SIZE_PX, 3)), training=True)
+
+
+def momentum(net, steps):
+    """An unsupervised step: it takes images alone, gives features, and keeps slots for every weight."""
+    slots = [tf.Variable(tf.zeros(v.shape), name=f"momentum_{i}") for i, v in enumerate(net.trainable_variables)]
+
+    def train(images):
+        for slot in slots:
+            slot.assign(slot * 0.9)
+        return net(images, training=True)
+
+    train.slots = slots
+    return train
+
+
+@pytest.mark.parametrize("kind", ["a loss", "momentum", "part of the features"])
+def test_an_unsupervised_step_is_no_training_endpoint(kind, tmp_path):
+    """It takes images and nothing else, as an endpoint would; taken for one, its slots would be blocks to freeze."""
+    steps = {
+        "a loss": counted(lambda net, images, *_: tf.reduce_mean(net(images, training=True))),
+        "part of the features": counted(lambda net, images, *_: net(images, training=True)[:, :2]),
+        "momentum": momentum,
+    }
+    stepping = WithTrain(network(), steps[kind], images_spec())
+    stepping.kept = getattr(stepping.train.python_function, "slots", [])
+    found = anatomy_of(save_module(tmp_path / "stepping", stepping))
+    assert found.training_endpoint == ""
+    plain = anatomy_of(save_module(tmp_path / "plain"))
+    assert [slot.name for slot in found.slots] == [slot.name for slot in plain.slots]
+    assert group_slots(found.slots) == group_slots(plain.slots)
 
 
 def test_a_training_step_of_the_users_own_changes_nothing(module, tmp_path):

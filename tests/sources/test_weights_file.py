@@ -240,6 +240,19 @@ def test_nothing_that_fits_is_an_error_even_when_partial(saved):
         load_weights_file(tiny, path, partial=True)
 
 
+def test_a_few_shapes_that_agree_by_chance_are_no_part_of_a_network(tmp_path):
+    """Under two hundredths of the parameters, none by name: that is another network, asked for in part or not."""
+    many = [layers.Conv2D(64, 3, name=f"here_{index}") for index in range(3)]
+    net = keras.Sequential([keras.Input((16, 16, 3)), *many, layers.Dense(2, name="top")], name="net")
+    others = [layers.Conv2D(5, 5, name="there"), layers.Dense(64, name="wide"), layers.Dense(2, name="last")]
+    file = tmp_path / "other.weights.h5"
+    keras.Sequential([keras.Input((16, 16, 3)), *others], name="other").save_weights(file)
+    before = net.get_weights()
+    with pytest.raises(InputError, match=r"1 of 4 layers .* of another network"):
+        load_weights_file(net, file, partial=True)
+    assert equal(before, net.get_weights())
+
+
 def test_the_report_goes_into_run_json():
     rows = (LayerReport("a", "matched", 10), LayerReport("b", "matched", 5, "3 input channels made 1"))
     report = joined([LoadReport("x.h5", rows), LoadReport("y.h5", (LayerReport("c", "missing", 5),))])

@@ -171,6 +171,10 @@ def print_freezing(found: dict[str, Any]) -> None:
                 layer["layer"], layer["block"], f"{layer['num_parameters']:,}", f"{trains:,}" if trains else "frozen"
             )
         stdout.print(table)
+    for stage in found["stages"]:  # again, where the tables are longer than the window
+        stdout.print(
+            f"stage {stage['name']}: {stage['num_trainable']:,} of {stage['num_parameters']:,} parameters train"
+        )
 
 
 def _counted(count: int, what: str) -> str:

@@ -42,10 +42,10 @@ def run(
     if json:
         print_json(rows)
         return
-    table = new_table("name", "what", "kind", "parameters", "input", "blocks", "licence", "offline")
+    table = new_table("name", "kind", "parameters", "input", "blocks", "licence", "offline")
     for row in rows:
         table.add_row(
-            row["name"], row["title"], row["kind"], f"{row['num_parameters'] / 1e6:.2f} M",
+            row["name"], row["kind"], f"{row['num_parameters'] / 1e6:.2f} M",
             f"{row['image_size_px']} px", str(len(row["blocks"])), row["licence"],
             "yes" if row["available_offline"] else "no",
         )  # fmt: skip
@@ -57,7 +57,7 @@ def _print_card(name: str, card: dict[str, Any]) -> None:
     blocks, report = card.pop("blocks"), card.pop("load_report", None)
     table = new_table("", "", title=name, show_header=False)
     for key, value in card.items():
-        if value not in ("", [], {}):
+        if value not in ("", [], {}, 0, False):
             table.add_row(
                 key, "\n".join(f"{k}: {v}" for k, v in value.items()) if isinstance(value, dict) else _text(value)
             )

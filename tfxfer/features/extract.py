@@ -1,10 +1,13 @@
 """Run the frozen prefix once over all images and views, on the quickest engine at hand."""
 
 import dataclasses
+import functools
+import hashlib
 import tempfile
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import tensorflow as tf
@@ -73,6 +76,11 @@ class FrozenPrefix:
         self.num_features = int(concrete.structured_outputs[1].shape[-1])
         self.ends_at_features = cut.tail is None
 
+    @functools.cached_property
+    def digest(self) -> str:
+        """Of what it computes, weights and operations, not of how these are called."""
+        return _graph_digest(self._function.graph.as_graph_def())
+
     def __call__(self, images: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """(n, S, S, 3) uint8, n up to the batch size, to (activations, features)."""
         count = len(images)
@@ -118,6 +126,45 @@ def extract(
             first += len(pixels)
     seconds = max(time.perf_counter() - started, 1e-9)
     return Extracted(activations, features, tuple(views), done / seconds)
+
+
+def _graph_digest(graph: Any) -> str:
+    """SHA-256 over what leads to a graph's outputs: operations, constants and wiring.
+
+    Not over names or the order of nodes: Keras counts layers up, and TensorFlow lists captured weights in any order.
+    """
+    nodes = {node.name: node for node in graph.node}
+    found: dict[str, bytes] = {}
+    for node in graph.node:  # every input stands somewhere; a stack, since networks are deeper than Python's recursion
+        stack = [node.name]
+        while stack:
+            name = stack[-1]
+            sources = [_source_of(given) for given in nodes[name].input]
+            waiting = [source for source, _ in sources if source not in found]
+            if waiting and name not in found:
+                stack += waiting
+                continue
+            found.setdefault(stack.pop(), _node_digest(nodes[name], [(found[s], kind) for s, kind in sources]))
+    ends = {source for node in graph.node for source, _ in map(_source_of, node.input)}
+    outputs = [found[node.name] for node in graph.node if node.name not in ends]
+    return hashlib.sha256(b"".join([graph.library.SerializeToString(deterministic=True), *sorted(outputs)])).hexdigest()
+
+
+def _source_of(given: str) -> tuple[str, str]:
+    """The node that an input comes from, and which of its outputs; "^" for one that is only waited for."""
+    name, _, output = given.removeprefix("^").partition(":")
+    return name, "^" if given.startswith("^") else output
+
+
+def _node_digest(node: Any, sources: list[tuple[bytes, str]]) -> bytes:
+    waited = sorted(digest for digest, kind in sources if kind == "^")
+    digest = hashlib.sha256(node.op.encode())
+    for name in sorted(name for name in node.attr if not name.startswith("_")):
+        digest.update(name.encode() + b"\0" + node.attr[name].SerializeToString(deterministic=True))
+    for source, kind in sources:
+        if kind != "^":
+            digest.update(source + kind.encode() + b"\0")
+    return hashlib.sha256(digest.digest() + b"".join(waited)).digest()
 
 
 def allocate(shape: tuple[int, ...], dtype: str = "float32") -> np.ndarray:

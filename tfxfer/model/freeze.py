@@ -9,6 +9,7 @@ from typing import NamedTuple
 import keras
 import numpy as np
 
+from tfxfer.data.values import refuse_unit_range
 from tfxfer.errors import CheckError, InputError, did_you_mean
 from tfxfer.model.blocks import backbone_of, list_blocks, program_of, resolve_depth
 from tfxfer.specs import BATCH_NORM_STATES, pattern_of
@@ -32,7 +33,8 @@ def freeze(model: keras.Model, depth: Depth = "all", *, batch_norm: str = "affin
             "train": both move.
             In frozen blocks nothing moves, ever.
             Call `freeze` again after loading a saved model: Keras keeps the flags of layers, not those of single
-            variables, so "affine" comes back as "frozen".
+            variables, so "affine" comes back as "frozen"; and a frozen SpectralNormalization, which by itself assigns
+            its kernel anew in each training step, is held still by `freeze` alone.
 
     Returns:
         The model.
@@ -220,10 +222,15 @@ def adapt_batch_norm(model: keras.Model, images, *, batch_size: int = 64) -> ker
     Returns:
         The model, in place; gamma, beta and all else stay.
 
+    Raises:
+        InputError: Where the images are floats in 0..1 and the model takes 0..255, or it is a loaded program.
+
     Reference:
         Li, Wang, Shi, Liu, Hou. Revisiting Batch Normalization For Practical Domain Adaptation. ICLR workshop 2017.
     """
     backbone = backbone_of(model)
+    if any(layer.name == "adapt_image" for layer in model.layers):  # a whole model takes pixels, a suffix does not
+        refuse_unit_range(images[start : start + batch_size] for start in range(0, len(images), batch_size))
     if program_of(backbone) is not None:
         raise InputError(
             "The statistics inside a loaded program cannot be estimated anew; use another batch_norm state."

@@ -4,8 +4,10 @@ Some of them scale pixels inside. Here all of that is in the card, so that every
 where Keras can leave it out it is left out, from EfficientNet (whose constants get lost in an ONNX export) it is cut.
 """
 
+import contextlib
 import math
 import re
+import sys
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
@@ -161,7 +163,9 @@ def _with_imagenet(card: Source, size_px: int, *, include_top: bool) -> Any:
     # Keras gives the old output's weights at the trained size only.
     first_px = trained_px if include_top else size_px
     try:
-        with warnings.catch_warnings():  # that weights for another side are taken, as they should be
+        # Keras tells of downloads on stdout, which is the user's.
+        with warnings.catch_warnings(), contextlib.redirect_stdout(sys.stderr):
+            # That weights for another side are taken is as it should be.
             warnings.simplefilter("ignore")
             model = build(card.architecture, first_px, include_top=include_top, weights="imagenet")
     except Exception as error:  # Keras raises a bare Exception where a download fails

@@ -73,7 +73,7 @@ def get_source(
             raise InputError(f"{name!r} has no custom objects, so trusting modules would do nothing; drop it.")
         return described
     if name not in cards:
-        raise InputError(f"Unknown source {name!r}. {did_you_mean(name, cards)} {SPELLINGS}")
+        raise InputError(f"Unknown source {name!r}. {_folder_hint(name) or did_you_mean(name, cards)} {SPELLINGS}")
     card = cards[name]
     if trusted:
         raise InputError(f"{name!r} has no custom objects, so trusting modules would do nothing; drop it.")
@@ -83,6 +83,14 @@ def get_source(
             f"torch:{card.architecture} with --weights."
         )
     return card
+
+
+def _folder_hint(name: str) -> str:
+    """How a folder is spelled, by what lies in it."""
+    for file, prefix in (("saved_model.pb", "hub"), ("run.json", "run"), ("config.json", "kerashub")):
+        if Path(name, file).is_file():
+            return f"The folder is spelled {prefix}:{name}."
+    return ""
 
 
 def _kind_of(spelling: str) -> tuple[str, str]:

@@ -169,8 +169,12 @@ class _Reader:
             training = self._training(endpoint, traces)
             if training == ("true",):
                 raise InputError(f"{self.folder} can only be called with training=True, so it can predict nothing.")
-            alike = [other for other in TRAINING_ENDPOINTS if self._takes_only(other, rank=len(shape), dtype=dtype)]
-            chosen = next(iter(alike), "")
+            alike = (
+                other
+                for other in TRAINING_ENDPOINTS
+                if self._takes_only(other, rank=len(shape), dtype=dtype) and self._is_same_network(other, traces)
+            )
+            chosen = next(alike, "")
             traces = [*traces, *self._traces(chosen)]
         else:
             endpoint, (name, shape, dtype) = self._signature()
@@ -199,6 +203,21 @@ class _Reader:
             if len(_sides(spec.shape)) != rank or tf.dtypes.as_dtype(spec.dtype).name != dtype:
                 return False
         return bool(signatures)
+
+    def _is_same_network(self, endpoint: str, inference: Sequence[Any]) -> bool:
+        """Whether a function gives what inference gives, by weights that inference knows.
+
+        A step of unsupervised training takes images alone too; it gives a loss, or keeps momentum of its own.
+        """
+        weights = self._weights(inference)
+        results = {_results(trace) for trace in inference}
+        return all(_results(trace) in results and self._weights([trace]) <= weights for trace in self._traces(endpoint))
+
+    def _weights(self, traces: Sequence[Any]) -> set[int]:
+        """The trainable variables that functions read."""
+        bound = {index for trace in traces for index in trace.bound_inputs}
+        kinds = {index: self.nodes[index] for index in bound}
+        return {i for i, node in kinds.items() if node.WhichOneof("kind") == "variable" and node.variable.trainable}
 
     def _input(self, traces: Sequence[Any]) -> tuple[str, tuple[int | None, ...], str]:
         """The first argument of all traces; a side that one of them leaves open is open."""
@@ -279,6 +298,15 @@ class _Reader:
                     ways[child.node_id] = (*ways[index], child.local_name)
                     queue.append(child.node_id)
         return ways
+
+
+def _results(trace: Any) -> tuple[tuple[str, tuple[int | None, ...], str], ...]:
+    """Name, sides but for the batch, and type of each tensor that a function gives."""
+    return tuple(
+        (name, _sides(leaf.tensor_spec_value.shape)[1:], tf.dtypes.as_dtype(leaf.tensor_spec_value.dtype).name)
+        for name, leaf in leaves_of(trace.output_signature)
+        if leaf.WhichOneof("kind") == "tensor_spec_value"
+    )
 
 
 def _fields(values: Sequence[Any]) -> Iterator[Any]:

@@ -83,7 +83,7 @@ class LoadReport:
         whole = self.num_parameters("matched", "renamed", "differs", "missing")
         lines = [
             f"{self.path}: {self.num_parameters('matched', 'renamed')} of {whole} parameters "
-            f"({100 * self.loaded_share:.1f} %) loaded: {told or 'nothing'}"
+            f"({_percent(self.loaded_share)}) loaded: {told or 'nothing'}"
         ]
         for state in STATES:
             entries = [entry for entry in self.layers if entry.state == state and (entry.detail or state != "matched")]
@@ -108,7 +108,8 @@ def check_fit(report: LoadReport, network: str, *, partial: bool) -> None:
         partial: Whether a part is enough.
 
     Raises:
-        InputError: Where nothing fits, or not everything does and `partial` is not given.
+        InputError: Where nothing fits, or not everything does and `partial` is not given; or less than two hundredths
+            of the parameters fit and none of them by the name of their layer.
 
     Example:
         >>> rows = (LayerReport("conv", "missing", 90), LayerReport("stem", "unused", 30))
@@ -119,16 +120,19 @@ def check_fit(report: LoadReport, network: str, *, partial: bool) -> None:
         Nothing in x.h5 fits the network 'net', and nothing was loaded
     """
     fitting, wanted = report.names("matched", "renamed"), report.names("matched", "renamed", "differs", "missing")
-    if not wanted or report.complete or (fitting and partial):
+    if not wanted or report.complete:
         return
-    if not fitting or report.loaded_share < CHANCE_SHARE:
+    by_chance = report.loaded_share < CHANCE_SHARE
+    if partial and fitting and (report.names("matched") or not by_chance):
+        return
+    if not fitting or by_chance:
         lacking = [_told(entry) for entry in report.layers if entry.state in ("missing", "differs")]
         spare = ", ".join(report.names("unused")[:3])
         told = (
             f"Nothing in {report.path} fits the network {network!r}, and nothing was loaded"
             if not fitting
             else f"{report.path} does not fit the network {network!r}: {len(fitting)} of {len(wanted)} layers "
-            f"({100 * report.loaded_share:.1f} % of the parameters) do"
+            f"({_percent(report.loaded_share)} of the parameters) do"
         )
         raise InputError(
             f"{told}: it holds the weights of another network. The network wants {'; '.join(lacking[:3])}"
@@ -139,6 +143,10 @@ def check_fit(report: LoadReport, network: str, *, partial: bool) -> None:
         f"{report.path} does not fit the network {network!r} whole; give --partial (partial=True) to load what fits.\n"
         f"{report}"
     )
+
+
+def _percent(share: float) -> str:
+    return "under 0.1 %" if 0 < share < 0.001 else f"{100 * share:.1f} %"
 
 
 def _counted(state: str, count: int, *, first: bool) -> str:

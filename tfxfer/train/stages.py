@@ -7,7 +7,8 @@ import numpy as np
 
 from tfxfer.errors import InputError
 from tfxfer.features.cut import Cut, cut_model
-from tfxfer.features.extract import Extracted, FrozenPrefix, extract, join_views
+from tfxfer.features.extract import Extracted, FrozenPrefix, join_views
+from tfxfer.features.reuse import extract_once
 from tfxfer.features.solvers import log_softmax, moving_features
 from tfxfer.methods.probe import Probe, fit_probe, make_folds
 from tfxfer.model.blocks import list_blocks
@@ -149,13 +150,14 @@ class _Loop:
     def _extract(self, prefix: FrozenPrefix, view: str) -> Extracted:
         self.progress.phase(f"frozen features, {view}", len(self.data.labels))
         with self.outcome.timed("features"):
-            found = extract(prefix, self.data.parts, (view,), on_progress=self.progress.update)
+            found, decision = extract_once(prefix, self.data.parts, view, on_progress=self.progress.update)
         self.outcome.cache.update(
             images=len(self.data.labels),
             views=self.outcome.cache.get("views", 0) + 1,
             activation_shape=list(found.activations.shape[2:]),
             bytes=self.outcome.cache.get("bytes", 0) + found.activations.nbytes,
             images_per_second=round(found.images_per_second, 1),
+            disk={**self.outcome.cache.get("disk", {}), view: decision.to_dict()},
         )
         return found
 

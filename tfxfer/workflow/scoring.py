@@ -115,13 +115,21 @@ def predict_with_source(source: str, images: Sequence, *, top_k: int = 5) -> lis
         top_k: Classes an image.
 
     Returns:
-        For each image the likeliest (class name, probability).
+        For each image the likeliest (class name, probability); "class 0" where the source has no names.
+
+    Raises:
+        InputError: Where it is not known that the source has classes of its own.
     """
     card = get_source(source)
+    if card.num_classes < 2:
+        raise InputError(
+            f"{source!r} says of no old output that tells classes apart, so there is nothing to predict; train on your "
+            "classes first (tfxfer train DATA --source ...), and predict with the run."
+        )
     from tfxfer.model.build import build_original
 
     table = predict_with_keras(build_original(card), card.image_size_px, images)
-    names = class_names_of(card)
+    names = class_names_of(card) or [f"class {index}" for index in range(table.shape[1])]
     return [[(names[k], float(row[k])) for k in np.argsort(-row, kind="stable")[:top_k]] for row in table]
 
 
