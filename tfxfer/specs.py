@@ -232,6 +232,12 @@ class Stage(Spec):
         label_smoothing: In [0, 1).
         batch_norm: State of BatchNorm in trained blocks: "frozen", "affine", "adapt" or "train".
         min_steps: Give small data more epochs, so that a stage has at least 100 steps.
+        layer_decay: In (0, 1]; each block learns at this share of the rate of the one behind it, the head at the whole.
+        average: In [0, 1); above 0 the weights kept are a moving average with this decay.
+        mixup, cutmix: The alpha of their Beta distribution, 0 for none; of both, each batch gets one. Where blocks are
+            frozen, what crosses the boundary is mixed, not pixels.
+        clip_norm: Gradients are scaled down to this norm.
+        micro_batches: A batch is computed in so many parts, which takes as much less memory.
     """
 
     what: ClassVar[str] = "stage"
@@ -245,6 +251,12 @@ class Stage(Spec):
     label_smoothing: float = 0.1
     batch_norm: str = "frozen"
     min_steps: bool = True
+    layer_decay: float = 1.0
+    average: float = 0.0
+    mixup: float = 0.0
+    cutmix: float = 0.0
+    clip_norm: float = 1.0
+    micro_batches: int = 1
 
     def __post_init__(self) -> None:
         where = f"stage {self.name!r}"
@@ -257,6 +269,11 @@ class Stage(Spec):
         _need(0 <= self.warmup_share < 1, f"{where}: warmup_share must lie in [0, 1).")
         _need(0 <= self.label_smoothing < 1, f"{where}: label_smoothing must lie in [0, 1).")
         _need(self.weight_decay >= 0, f"{where}: weight_decay must not be negative.")
+        _need(0 < self.layer_decay <= 1, f"{where}: layer_decay must lie in (0, 1], not {self.layer_decay}.")
+        _need(0 <= self.average < 1, f"{where}: average must lie in [0, 1), not {self.average}.")
+        _need(min(self.mixup, self.cutmix) >= 0, f"{where}: mixup and cutmix must not be negative.")
+        _need(self.clip_norm > 0, f"{where}: clip_norm must be above 0, not {self.clip_norm}.")
+        _need(self.micro_batches >= 1, f"{where}: micro_batches must be at least 1, not {self.micro_batches}.")
         _need(
             self.batch_norm in BATCH_NORM_STATES,
             f"{where}: batch_norm must be one of {', '.join(BATCH_NORM_STATES)}, not {self.batch_norm!r}.",

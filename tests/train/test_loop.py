@@ -1,3 +1,5 @@
+import dataclasses
+
 import keras
 import numpy as np
 import pytest
@@ -5,6 +7,8 @@ from small_networks import moved, norm_model, pictures, values
 
 from tfxfer.features.cut import cut_model
 from tfxfer.features.extract import FrozenPrefix, extract
+from tfxfer.methods import mixing
+from tfxfer.methods.optimizers import blockwise_factors
 from tfxfer.methods.schedule import warmup_cosine
 from tfxfer.model.freeze import freeze
 from tfxfer.specs import Stage
@@ -166,6 +170,75 @@ def test_rates_that_blow_up_give_an_infinite_loss_not_nan():
     assert run.loss == float("inf")
 
 
+def test_blocks_learn_at_their_share_of_the_rate():
+    """Adam's first step is the rate for every number that has a gradient, whatever that is."""
+    stage = dataclasses.replace(STAGE, weight_decay=0.0, warmup_share=0.0, epochs=1)
+    model = freeze(norm_model(), 1, batch_norm="frozen")
+    factors = blockwise_factors(model, 0.5)
+    cut = cut_model(model, 1)
+    extracted = extract(FrozenPrefix(cut, 8), (IMAGES,), ("plain",))
+    trainer = SuffixTrainer(cut.suffix, extracted, LABELS, WEIGHTS, stage, 8, factors=factors)
+    before = values(model)
+    trainer.run(np.arange(8), 1e-3)
+    steps = {path: np.abs(value - before[path]).max() for path, value in values(model).items()}
+    found = {name: steps[f"{name}/kernel"] / 1e-3 for name in ("a_conv", "b_conv", "c_conv", "logits")}
+    assert found == pytest.approx({"a_conv": 0.0, "b_conv": 0.25, "c_conv": 0.5, "logits": 1.0}, rel=1e-3)
+
+
+@pytest.mark.parametrize("held", [None, HELD])
+def test_the_weights_kept_are_the_average_over_the_steps(held):
+    stage = dataclasses.replace(STAGE, average=0.8)
+    _, trainer = ready(stage)
+    expected = [np.asarray(value, "float64") for value in trainer.start]
+    ends = []
+
+    class Averages(keras.callbacks.Callback):
+        steps = 0
+
+        def on_train_batch_end(self, batch, logs=None):
+            decay = min(0.8, (1 + self.steps) / (10 + self.steps))
+            self.steps += 1
+            for index, value in enumerate(self.model.get_weights()):
+                expected[index] = decay * expected[index] + (1 - decay) * value
+
+        def on_epoch_end(self, epoch, logs=None):
+            ends.append([value.copy() for value in expected])
+
+    # The loop takes the step into the average before it tells callbacks of it.
+    run = trainer.run(ROWS, 3e-3, held=held, callbacks=[Averages()])
+    for one, other in zip(run.weights, ends[run.epochs - 1], strict=True):
+        np.testing.assert_allclose(one, other, atol=1e-6)
+    plain = ready()[1].run(ROWS, 3e-3, held=held)
+    assert max(np.abs(one - other).max() for one, other in zip(run.weights, plain.weights, strict=True)) > 1e-4
+
+
+@pytest.mark.parametrize("options", [{"mixup": 0.4}, {"cutmix": 1.0}])
+def test_batches_are_mixed_by_seed_epoch_and_number(options):
+    x = np.random.default_rng(1).normal(size=(1, 22, 6, 6, 2)).astype("float32")
+    targets = np.eye(3, dtype=np.float32)[LABELS]
+    plain = EpochBatches(x, 1, targets, WEIGHTS, ROWS, 8, 5)
+    mixed = EpochBatches(x, 1, targets, WEIGHTS, ROWS, 8, 5, **options)
+    (name, alpha), mix = next(iter(options.items())), {"mixup": mixing.mixup, "cutmix": mixing.cutmix}
+    for epoch in range(2):
+        for index, (one, other) in enumerate(zip(plain.epoch(epoch), mixed.epoch(epoch), strict=True)):
+            random = np.random.default_rng((5, epoch, index, 1))
+            expected = mix[name](one.activations, one.targets, one.weights, random, alpha=alpha)
+            np.testing.assert_array_equal(other.activations, expected.images)
+            np.testing.assert_array_equal(other.targets, expected.targets)
+            np.testing.assert_allclose(other.targets.sum(1), 1, atol=1e-6)
+            assert not np.array_equal(other.activations, one.activations)
+            assert other.targets.dtype == other.weights.dtype == np.float32
+    again = EpochBatches(x, 1, targets, WEIGHTS, ROWS, 8, 5, **options)
+    np.testing.assert_array_equal(next(iter(again.epoch(1, first=1))).activations, other.activations)
+
+
+def test_a_stage_in_parts_is_the_stage():
+    whole = ready(dataclasses.replace(STAGE, batch_norm="frozen"))[1].run(ROWS, 3e-3)
+    parts = ready(dataclasses.replace(STAGE, batch_norm="frozen", micro_batches=3))[1].run(ROWS, 3e-3)
+    for one, other in zip(whole.weights, parts.weights, strict=True):
+        np.testing.assert_allclose(one, other, atol=2e-4)
+
+
 # -- stopping and going on -----------------------------------------------------------------------------------------
 
 
@@ -173,7 +246,7 @@ class Stop(Exception):
     pass
 
 
-def resumed(tmp_path, stop_after: int, **options):
+def resumed(tmp_path, stop_after: int, stage=STAGE, **options):
     """Save after every batch, stop after so many, go on with another trainer; what came out, and where it went on."""
     journal = Journal(tmp_path, every_seconds=0.0)
 
@@ -188,14 +261,14 @@ def resumed(tmp_path, stop_after: int, **options):
                 raise Stop
 
         unit.save, unit.due = save, lambda: True
-        _, trainer = ready(dropout=0.3, views=("plain", "mirror"))
+        _, trainer = ready(stage, dropout=0.3, views=("plain", "mirror"))
         return trainer.run(ROWS, 3e-3, seed=7, unit=unit, **options).state()
 
     with pytest.raises(Stop):
         journal.run("tune", stopping)
     keras.utils.set_random_seed(99)  # another process has another state
     again = Journal(tmp_path)
-    _, trainer = ready(dropout=0.3, views=("plain", "mirror"))
+    _, trainer = ready(stage, dropout=0.3, views=("plain", "mirror"))
     trainer.run(ROWS, 1e-2, epochs=1, seed=1)
     found = again.run("tune", lambda unit: trainer.run(ROWS, 3e-3, seed=7, unit=unit, **options).state())
     return Trained.of_state(*found), again.resumed
@@ -203,10 +276,12 @@ def resumed(tmp_path, stop_after: int, **options):
 
 @pytest.mark.parametrize("stop_after", [1, 2, 3, 5])
 @pytest.mark.parametrize("held", [None, HELD])
-def test_a_resumed_run_is_the_unstopped_one_bit_for_bit(tmp_path, stop_after, held):
-    _, trainer = ready(dropout=0.3, views=("plain", "mirror"))
+@pytest.mark.parametrize("options", [{}, {"average": 0.9, "mixup": 0.4, "cutmix": 1.0, "micro_batches": 2}])
+def test_a_resumed_run_is_the_unstopped_one_bit_for_bit(tmp_path, stop_after, held, options):
+    stage = dataclasses.replace(STAGE, **options)
+    _, trainer = ready(stage, dropout=0.3, views=("plain", "mirror"))
     whole = trainer.run(ROWS, 3e-3, seed=7, held=held)
-    found, told = resumed(tmp_path, stop_after, held=held)
+    found, told = resumed(tmp_path, stop_after, stage, held=held)
     assert told == [f"tune at epoch {(stop_after - 1) // 2 + 1}, batch {(stop_after - 1) % 2 + 1}"]
     assert all(np.array_equal(a, b) for a, b in zip(whole.weights, found.weights, strict=True))
     assert whole.history == found.history and whole.epochs == found.epochs

@@ -434,3 +434,34 @@ def test_a_source_that_sees_no_difference_is_refused(data):
     last.set_weights([gamma * 1e-9, np.abs(beta) + 1, mean, variance])
     with pytest.raises(InputError, match="gives the same features for every image, up to rounding"):
         run(data, PROBE, model=model)
+
+
+def test_a_stage_with_everything_trains_and_freezes_what_it_says(data):
+    model = norm_model(4)
+    before = values(model)
+    stage = dataclasses.replace(
+        STRONG, layer_decay=0.7, average=0.8, mixup=0.2, cutmix=1.0, micro_batches=2, clip_norm=0.5
+    )
+    model, outcome = run(data, PROBE, stage, model=model)
+    assert outcome.chosen in ("fine_tune", "blend")
+    assert {"b_conv/kernel", "c_conv/kernel", "logits/kernel"} <= moved(before, model)
+    assert "a_conv/kernel" not in moved(before, model) and outcome.audit["bit_identical"]
+    gain = outcome.selection["fine_tune_against_probe"]
+    assert gain["fine_tuned"] > gain["probe"] + 0.05
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "says"),
+    [
+        ("layer_decay", 0.0, r"layer_decay must lie in \(0, 1\], not 0.0"),
+        ("layer_decay", 1.5, r"layer_decay must lie in"),
+        ("average", 1.0, r"average must lie in \[0, 1\), not 1.0"),
+        ("mixup", -0.1, r"mixup and cutmix must not be negative"),
+        ("cutmix", -0.1, r"mixup and cutmix must not be negative"),
+        ("clip_norm", 0.0, r"clip_norm must be above 0"),
+        ("micro_batches", 0, r"micro_batches must be at least 1"),
+    ],
+)
+def test_values_of_a_stage_that_cannot_be_are_refused(key, value, says):
+    with pytest.raises(InputError, match=says):
+        Stage("tune", **{key: value})

@@ -1,23 +1,30 @@
 """Parameter transfer: what the unfrozen suffix of a model is trained with, and the blend with where it began."""
 
+from collections.abc import Mapping
+
 import keras
 import numpy as np
 
+from tfxfer.methods.optimizers import BlockwiseAdamW
 from tfxfer.specs import Stage
 
+NO_DECAY = ("bias", "gamma", "beta")
 
-def make_optimizer(model: keras.Model, stage: Stage) -> keras.optimizers.Optimizer:
+
+def make_optimizer(stage: Stage, factors: Mapping[str, float] | None = None) -> keras.optimizers.Optimizer:
     """AdamW with decoupled weight decay of kernels only.
 
     Args:
-        model: Whose variables it will train.
         stage: Weight decay.
+        factors: Of the learning rate, by layer, as `blockwise_factors` gives them; None: one rate for all.
 
     Reference:
         Loshchilov, Hutter. Decoupled Weight Decay Regularization. ICLR 2019.
     """
+    if factors is not None:
+        return BlockwiseAdamW(1e-3, factors=factors, no_decay=NO_DECAY, weight_decay=stage.weight_decay)
     optimizer = keras.optimizers.AdamW(1e-3, weight_decay=stage.weight_decay)
-    optimizer.exclude_from_weight_decay(var_names=["bias", "gamma", "beta"])
+    optimizer.exclude_from_weight_decay(var_names=list(NO_DECAY))
     return optimizer
 
 

@@ -8,6 +8,8 @@ from typing import Any
 import keras
 import numpy as np
 
+from tfxfer.methods.mixing import cutmix, mixup
+
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Batch:
@@ -37,6 +39,7 @@ class EpochBatches:
         rows: Images used.
         batch_size: Images a step.
         seed: Two with the same seed give the same batches.
+        mixup, cutmix: As in `Stage`.
 
     Example:
         >>> data = EpochBatches(np.arange(8.0).reshape(2, 4), 2, np.eye(4), np.ones(4), np.arange(4), 3, seed=0)
@@ -44,7 +47,11 @@ class EpochBatches:
         (2, [0, 1, 2, 3])
     """
 
-    def __init__(self, activations: Any, num_views: int, targets, weights, rows, batch_size: int, seed: int):
+    def __init__(
+        self, activations: Any, num_views: int, targets, weights, rows, batch_size: int, seed: int,
+        *, mixup: float = 0.0, cutmix: float = 0.0,
+    ):  # fmt: skip
+        self._mixup, self._cutmix = mixup, cutmix
         self._activations, self._num_views = activations, num_views
         self._targets, self._weights = targets, weights
         self._rows, self._batch_size, self._seed = np.asarray(rows), batch_size, seed
@@ -63,12 +70,21 @@ class EpochBatches:
         if first >= len(self):
             return
         with concurrent.futures.ThreadPoolExecutor(1) as pool:
-            waiting = pool.submit(self.read, order, first)
+            waiting = pool.submit(self._mixed, order, first, epoch)
             for following in range(first + 1, len(self) + 1):
                 batch = waiting.result()
                 if following < len(self):
-                    waiting = pool.submit(self.read, order, following)
+                    waiting = pool.submit(self._mixed, order, following, epoch)
                 yield batch
+
+    def _mixed(self, order: tuple[np.ndarray, np.ndarray], index: int, epoch: int) -> Batch:
+        batch = self.read(order, index)
+        if not self._mixup and not self._cutmix:
+            return batch
+        random = np.random.default_rng((self._seed, epoch, index, 1))
+        cut = self._cutmix and (not self._mixup or random.random() < 0.5)
+        mix, alpha = (cutmix, self._cutmix) if cut else (mixup, self._mixup)
+        return Batch(batch.rows, *mix(batch.activations, batch.targets, batch.weights, random, alpha=alpha))
 
     def read(self, order: tuple[np.ndarray, np.ndarray], index: int) -> Batch:
         """Batch `index` of an order."""

@@ -1,8 +1,9 @@
 """Training of a model's suffix from cached activations, step by step, so that it can stop and go on at any batch."""
 
+import contextlib
 import dataclasses
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import keras
@@ -10,6 +11,7 @@ import numpy as np
 
 from tfxfer.features.extract import Extracted
 from tfxfer.features.solvers import log_softmax
+from tfxfer.methods.averaging import WeightAverage
 from tfxfer.methods.fine_tune import make_optimizer
 from tfxfer.methods.schedule import warmup_cosine
 from tfxfer.specs import Stage
@@ -102,17 +104,25 @@ class SuffixTrainer:
         stage: Epochs, schedule, decay, smoothing.
         batch_size: Images a step.
         patience: Epochs without a better held-out loss before a run stops.
+        factors: Of the learning rate, by layer; see `blockwise_factors`.
     """
 
-    def __init__(self, suffix, extracted: Extracted, labels, weights, stage: Stage, batch_size: int, patience: int = 4):
+    def __init__(
+        self, suffix, extracted: Extracted, labels, weights, stage: Stage, batch_size: int, patience: int = 4,
+        factors: Mapping[str, float] | None = None,
+    ):  # fmt: skip
         self.suffix, self.extracted, self.stage = suffix, extracted, stage
         self.labels, self.weights = np.asarray(labels), np.asarray(weights, np.float32)
         self.targets = np.eye(suffix.output_shape[-1], dtype=np.float32)[self.labels]
         self.batch_size, self.patience = batch_size, patience
         self.start = suffix.get_weights()
-        optimizer = make_optimizer(suffix, stage)
+        optimizer = make_optimizer(stage, factors)
         suffix.compile(optimizer=optimizer)  # so that callbacks find it where they look for it
-        self.step = TrainingStep(suffix, optimizer, smoothing=stage.label_smoothing)
+        self.step = TrainingStep(
+            suffix, optimizer,
+            smoothing=stage.label_smoothing, clip_norm=stage.clip_norm, micro_batches=stage.micro_batches,
+        )  # fmt: skip
+        self.average = WeightAverage(suffix.weights, stage.average) if stage.average else None
         self._fresh = [variable.numpy() for variable in optimizer.variables]
 
     def run(
@@ -149,7 +159,7 @@ class SuffixTrainer:
         epochs = epochs or self.stage.epochs
         batches = EpochBatches(
             self.extracted.activations, len(self.extracted.views), self.targets, self.weights, rows, self.batch_size,
-            seed,
+            seed, mixup=self.stage.mixup, cutmix=self.stage.cutmix,
         )  # fmt: skip
         self._restart(seed)
         done = _Progress()
@@ -185,6 +195,8 @@ class SuffixTrainer:
             if not result.finite:
                 raise NotFinite(batch, step + 1)
             done.sums += result.sums
+            if self.average:
+                self.average.update(step)
             watched.on_train_batch_end(done.batch, _logs(done.sums))
             done.batch += 1
             if self.suffix.stop_training:
@@ -195,15 +207,30 @@ class SuffixTrainer:
                 unit.save(*self._state(done, callbacks))
         logs = _logs(done.sums)
         if held is not None:
-            logs |= self._judge(done, held)
+            with self._averaged():
+                logs |= self._judge(held)
+                kept = self.suffix.get_weights()
         done.epoch, done.batch, done.sums = done.epoch + 1, 0, np.zeros(NUM_SUMS)
         if held is not None and logs["val_loss"] < done.best_loss:
-            done.best, done.best_loss, done.best_epoch = self.suffix.get_weights(), logs["val_loss"], done.epoch
+            done.best, done.best_loss, done.best_epoch = kept, logs["val_loss"], done.epoch
         done.history.append({"epoch": number, "learning_rate": learning_rate, **logs})
         done.seconds += time.perf_counter() - began
         watched.on_epoch_end(number, logs)
 
-    def _judge(self, done: _Progress, held) -> dict[str, float]:
+    @contextlib.contextmanager
+    def _averaged(self) -> Iterator[None]:
+        """With the averaged weights, where they are averaged, in the model."""
+        if self.average is None:
+            yield
+            return
+        present = self.suffix.get_weights()
+        self.average.copy_to_variables()
+        try:
+            yield
+        finally:
+            self.suffix.set_weights(present)
+
+    def _judge(self, held) -> dict[str, float]:
         """Keras' numbers for the held-out rows."""
         table = self.log_probabilities(held)
         weights, targets = self.weights[held], self.targets[held]
@@ -220,6 +247,8 @@ class SuffixTrainer:
 
     def _result(self, done: _Progress, learning_rate: float, held, count: int, wanted: int) -> Trained:
         used, scores, loss = len(done.history), None, float("nan")
+        if held is None and self.average:
+            self.average.copy_to_variables()
         if held is not None:
             if done.best is not None:
                 self.suffix.set_weights(done.best)
@@ -244,12 +273,15 @@ class SuffixTrainer:
                 variable.assign([seed, 0])
         for variable, value in zip(self.suffix.optimizer.variables, self._fresh, strict=True):
             variable.assign(value)
+        if self.average:
+            self.average.restore([np.asarray(weight) for weight in self.start])
 
     def _state(self, done: _Progress, callbacks) -> tuple[Arrays, Facts]:
         arrays = {"sums": done.sums}
         for kind, values in (("model", self.suffix.variables), ("optimizer", self.suffix.optimizer.variables)):
             arrays |= {f"{kind}/{index}": variable.numpy() for index, variable in enumerate(values)}
         arrays |= {f"best/{index}": value for index, value in enumerate(done.best or ())}
+        arrays |= {f"average/{i}": value for i, value in enumerate(self.average.state() if self.average else ())}
         told, facts = callback_states(callbacks)
         names = ("epoch", "batch", "history", "best_loss", "best_epoch", "seconds")
         return arrays | told, {
@@ -262,6 +294,8 @@ class SuffixTrainer:
         for kind, variables in (("model", self.suffix.variables), ("optimizer", self.suffix.optimizer.variables)):
             for variable, value in zip(variables, _listed(arrays, kind), strict=True):
                 variable.assign(value)
+        if self.average:
+            self.average.restore(_listed(arrays, "average"))
         set_callback_states(callbacks, arrays, facts["callbacks"])
         names = ("epoch", "batch", "history", "best_loss", "best_epoch", "seconds")
         kept: dict[str, Any] = {name: facts[name] for name in names}

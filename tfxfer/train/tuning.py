@@ -10,6 +10,7 @@ from tfxfer.features.cut import Cut, cut_model
 from tfxfer.features.extract import Extracted
 from tfxfer.features.solvers import LinearHead, best_temperature, log_softmax
 from tfxfer.methods.fine_tune import interpolate
+from tfxfer.methods.optimizers import blockwise_factors
 from tfxfer.methods.probe import Probe
 from tfxfer.metrics import metric_value, paired_difference
 from tfxfer.model.freeze import Depth, freeze
@@ -111,6 +112,7 @@ class Tuner:
         assert same is not None  # it could be cut there before
         return SuffixTrainer(
             same.suffix, self.extracted, self.data.labels, self.data.weights, stage, self.plan.batch_size,
+            factors=blockwise_factors(self.model, stage.layer_decay) if stage.layer_decay < 1 else None,
         )  # fmt: skip
 
     def _measure(self, trainer, stage, starts) -> tuple[dict, list[Trained]]:
