@@ -25,7 +25,7 @@ from tfxfer.sources.catalog import get_source, load_backbone, load_with_report
 from tfxfer.sources.ranges import range_facts
 from tfxfer.sources.safety import check_model_file
 
-# The smallest of each family; those that take more than a few seconds to build and run are for the slow tests.
+# The smallest of each family; of those that take more than a few seconds all but the scaling is for the slow tests.
 SMALLEST = [next(iter(family.members)) for family in FAMILIES.values()]
 HEAVY = {"convnext_tiny", "densenet121", "efficientnet_v2_s", "inception_resnet_v2", "nasnet_mobile", "xception"}
 SLOW_WHERE_HEAVY = [pytest.param(name, marks=pytest.mark.slow) if name in HEAVY else name for name in SMALLEST]
@@ -152,7 +152,7 @@ def test_the_trained_size_is_the_default_of_keras(name):
 # --- Pixels --------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", SLOW_WHERE_HEAVY)
+@pytest.mark.parametrize("name", SMALLEST)
 def test_the_graph_scales_as_preprocess_input_and_the_network_do(name, networks):
     model, pixels = networks(name), pixels_for(name)
     inside = keras.Model(model.input, model.get_layer("normalise").output)
