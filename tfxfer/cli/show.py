@@ -16,7 +16,7 @@ from rich.table import Table
 
 from tfxfer.runtime.progress import Progress
 
-stderr = Console(stderr=True, highlight=False)
+stderr = Console(stderr=True, highlight=False, soft_wrap=True)  # a path that is broken in a log is no path
 stdout = Console(highlight=False, width=None if sys.stdout.isatty() else 120)  # piped output fits no terminal
 
 
