@@ -17,6 +17,7 @@ from tfxfer.runtime.progress import Progress
 from tfxfer.specs import Plan, Recipe, Stage
 from tfxfer.train import stages as stages_module
 from tfxfer.train.clock import Clock
+from tfxfer.train.journal import Journal
 from tfxfer.train.outcome import TrainingData
 from tfxfer.train.recipes import get_recipe
 from tfxfer.train.stages import run_stages
@@ -465,3 +466,17 @@ def test_a_stage_with_everything_trains_and_freezes_what_it_says(data):
 def test_values_of_a_stage_that_cannot_be_are_refused(key, value, says):
     with pytest.raises(InputError, match=says):
         Stage("tune", **{key: value})
+
+
+def test_stages_that_share_a_name_are_not_taken_for_each_other_in_the_journal(data, tmp_path):
+    """The second goes on from where the first ended, with a journal as without one."""
+    stages = (PROBE, STRONG, STRONG)
+    plan = Plan("small", Recipe("own", stages), augment="none", batch_size=32, image_size=SIZE_PX)
+    ends = []
+    for journal in (None, Journal(tmp_path / "checkpoints")):
+        model = norm_model(4)
+        outcome = run_stages(model, plan, stages, data, auto_depth=1, journal=journal)
+        ends.append((model.get_weights(), outcome.history))
+    assert ends[0][1] == ends[1][1]
+    for one, other in zip(ends[0][0], ends[1][0], strict=True):
+        np.testing.assert_array_equal(one, other)

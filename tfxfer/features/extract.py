@@ -139,12 +139,14 @@ def _graph_digest(graph: Any) -> str:
         stack = [node.name]
         while stack:
             name = stack[-1]
+            if name in found:
+                stack.pop()
+                continue
             sources = [_source_of(given) for given in nodes[name].input]
             waiting = [source for source, _ in sources if source not in found]
-            if waiting and name not in found:
-                stack += waiting
-                continue
-            found.setdefault(stack.pop(), _node_digest(nodes[name], [(found[s], kind) for s, kind in sources]))
+            stack += waiting
+            if not waiting:
+                found[name] = _node_digest(nodes[name], [(found[source], kind) for source, kind in sources])
     ends = {source for node in graph.node for source, _ in map(_source_of, node.input)}
     outputs = [found[node.name] for node in graph.node if node.name not in ends]
     return hashlib.sha256(b"".join([graph.library.SerializeToString(deterministic=True), *sorted(outputs)])).hexdigest()

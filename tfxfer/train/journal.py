@@ -6,6 +6,7 @@ walks the same chain; a finished unit is taken from the journal, as measured, th
 
 import contextlib
 import hashlib
+import shutil
 import signal
 import threading
 import time
@@ -89,9 +90,7 @@ class Journal:
     def clear(self) -> None:
         """Forget everything: the run is complete."""
         if self.folder and self.folder.is_dir():
-            for path in sorted(self.folder.rglob("*"), reverse=True):
-                path.rmdir() if path.is_dir() else path.unlink()
-            self.folder.rmdir()
+            shutil.rmtree(self.folder)
 
     @contextlib.contextmanager
     def ends_on_sigterm(self) -> Iterator[None]:

@@ -25,19 +25,13 @@ def training_lock(folder: Path) -> Iterator[None]:
     Raises:
         InputError: Where another training holds it; says which.
     """
-    path = Path(folder) / LOCK_FILE
-    holder = path.with_name(HOLDER_FILE)
-    lock = filelock.FileLock(path)
-    try:
-        lock.acquire(timeout=0)
-    except filelock.Timeout:
-        raise InputError(_told(folder)) from None
+    lock, holder = _acquired(folder), Path(folder) / HOLDER_FILE
     try:
         holder.write_text(json.dumps({"process": os.getpid(), "since": time.strftime("%Y-%m-%d %H:%M:%S")}))
         yield
     finally:
         holder.unlink(missing_ok=True)
-        path.unlink(missing_ok=True)
+        (Path(folder) / LOCK_FILE).unlink(missing_ok=True)
         lock.release()
 
 
@@ -47,20 +41,20 @@ def check_free(folder: Path) -> None:
     Raises:
         InputError: Says which.
     """
-    path = Path(folder) / LOCK_FILE
-    if not path.is_file():
-        return
-    lock = filelock.FileLock(path)
+    if (Path(folder) / LOCK_FILE).is_file():
+        _acquired(folder).release()
+
+
+def _acquired(folder: Path) -> filelock.BaseFileLock:
+    lock = filelock.FileLock(Path(folder) / LOCK_FILE)
     try:
         lock.acquire(timeout=0)
     except filelock.Timeout:
-        raise InputError(_told(folder)) from None
-    lock.release()
-
-
-def _told(folder: Path) -> str:
-    holder = _holder(Path(folder) / HOLDER_FILE)
-    return f"Another training is at work in {folder}: {holder}; wait for it, stop it, or give another --out."
+        holder = _holder(Path(folder) / HOLDER_FILE)
+        raise InputError(
+            f"Another training is at work in {folder}: {holder}; wait for it, stop it, or give another --out."
+        ) from None
+    return lock
 
 
 def _holder(path: Path) -> str:

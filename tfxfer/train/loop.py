@@ -21,6 +21,8 @@ from tfxfer.train.state import callback_states, set_callback_states
 from tfxfer.train.step import NUM_SUMS, TrainingStep
 
 HELD_BATCH = 256
+# What a checkpoint keeps of `_Progress` beside its arrays.
+_COUNTS = ("epoch", "batch", "history", "best_loss", "best_epoch", "seconds")
 
 
 class NotFinite(Exception):
@@ -50,7 +52,6 @@ class Trained:
         held_log_probabilities: (n, K) of the held-out rows, plain view; None where there are none.
         loss: Of those, with label smoothing; infinite where it was not a number, NaN where there are none.
         seconds_per_image: Of an image in an epoch.
-        complete: Whether no callback stopped it early.
     """
 
     weights: list[np.ndarray]
@@ -60,14 +61,13 @@ class Trained:
     held_log_probabilities: np.ndarray | None
     loss: float
     seconds_per_image: float
-    complete: bool = True
 
     def state(self) -> tuple[Arrays, Facts]:
         """For a journal."""
         arrays = {f"weights/{index}": value for index, value in enumerate(self.weights)}
         if self.held_log_probabilities is not None:
             arrays["held"] = self.held_log_probabilities
-        names = ("learning_rate", "epochs", "history", "loss", "seconds_per_image", "complete")
+        names = ("learning_rate", "epochs", "history", "loss", "seconds_per_image")
         return arrays, {name: getattr(self, name) for name in names}
 
     @classmethod
@@ -180,7 +180,7 @@ class SuffixTrainer:
                 raise
             done.history.append({"epoch": first_epoch + done.epoch, "learning_rate": learning_rate})
         watched.on_train_end()
-        return self._result(done, learning_rate, held, len(rows), stop_after or epochs)
+        return self._result(done, learning_rate, held, len(rows))
 
     def _epoch(self, done, batches, learning_rate, epochs, held, first_epoch, watched, callbacks, unit) -> None:
         number = first_epoch + done.epoch
@@ -245,7 +245,7 @@ class SuffixTrainer:
             "val_log_loss": -float((targets * table).sum(1) @ weights / weights.sum()),
         }
 
-    def _result(self, done: _Progress, learning_rate: float, held, count: int, wanted: int) -> Trained:
+    def _result(self, done: _Progress, learning_rate: float, held, count: int) -> Trained:
         used, scores, loss = len(done.history), None, float("nan")
         if held is None and self.average:
             self.average.copy_to_variables()
@@ -255,8 +255,7 @@ class SuffixTrainer:
             used, loss = max(done.best_epoch, 1), done.best_loss
             scores = self.log_probabilities(held)
         seconds = done.seconds / max(len(done.history) * count, 1)
-        complete = len(done.history) == wanted or (held is not None and not self.suffix.stop_training)
-        return Trained(self.suffix.get_weights(), learning_rate, used, done.history, scores, loss, seconds, complete)
+        return Trained(self.suffix.get_weights(), learning_rate, used, done.history, scores, loss, seconds)
 
     def log_probabilities(self, rows) -> np.ndarray:
         """(n, K) for the plain view, with the suffix's present weights."""
@@ -283,9 +282,8 @@ class SuffixTrainer:
         arrays |= {f"best/{index}": value for index, value in enumerate(done.best or ())}
         arrays |= {f"average/{i}": value for i, value in enumerate(self.average.state() if self.average else ())}
         told, facts = callback_states(callbacks)
-        names = ("epoch", "batch", "history", "best_loss", "best_epoch", "seconds")
         return arrays | told, {
-            **{name: getattr(done, name) for name in names},
+            **{name: getattr(done, name) for name in _COUNTS},
             "callbacks": facts,
             "at": f"epoch {done.epoch + 1}, batch {done.batch}",
         }
@@ -297,8 +295,7 @@ class SuffixTrainer:
         if self.average:
             self.average.restore(_listed(arrays, "average"))
         set_callback_states(callbacks, arrays, facts["callbacks"])
-        names = ("epoch", "batch", "history", "best_loss", "best_epoch", "seconds")
-        kept: dict[str, Any] = {name: facts[name] for name in names}
+        kept: dict[str, Any] = {name: facts[name] for name in _COUNTS}
         return _Progress(sums=arrays["sums"], best=_listed(arrays, "best") or None, **kept)
 
 

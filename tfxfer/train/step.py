@@ -18,7 +18,8 @@ class StepResult:
 
     Attributes:
         sums: (5,) float64 over the batch: loss, images, weighted hits, weighted log loss, weights.
-        finite: Whether loss and gradients were numbers; otherwise nothing was changed.
+        finite: Whether loss and gradients were numbers; otherwise nothing was changed. On several devices the optimizer
+            took a step of zero then, which moves its counters and decays weights; all stay numbers.
     """
 
     sums: np.ndarray

@@ -68,6 +68,7 @@ class Tuner:
         self.stages, self.freezing, self.probe, self.splits, self.outcome = stages, freezing, probe, splits, outcome
         self.clock, self.progress, self.callbacks, self.on_model = clock, progress, tuple(callbacks), on_model
         self.journal = journal
+        self._num_units = 0
         self.judged = np.concatenate([held for _, held in splits])
         self._temperature = 1.0
 
@@ -168,6 +169,9 @@ class Tuner:
     ) -> Trained:
         """One run, or what the journal has of it."""
         trainer.start = start
+        # Numbered, since stages may share a name; a resumed run walks the same units in the same order.
+        self._num_units += 1
+        unit = f"{self._num_units}, {unit}"
         first = len(self.outcome.history)
         watch = [StopOnTime(self.clock), _Epochs(self.progress, first, stop_after or epochs)]
 

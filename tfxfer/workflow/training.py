@@ -311,7 +311,8 @@ class _Job:
             if seed != self.plan.seed:
                 model = self._build(plan)
                 self.clock = Clock(plan.time_limit_seconds)
-                journal = Journal(self.folder / CHECKPOINTS / f"seed-{seed}")
+                kept = self.folder / CHECKPOINTS / f"seed-{seed}"
+                journal = Journal(kept, every_seconds=self.journal.every_seconds)
                 if self._train(model, training, plan, lambda model, stage: None, journal).interrupted:
                     raise KeyboardInterrupt
                 ours.append(model.predict(pixels, batch_size=64, verbose=0))
