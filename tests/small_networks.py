@@ -65,3 +65,9 @@ def values(model: keras.Model) -> dict[str, np.ndarray]:
 def moved(before: dict[str, np.ndarray], model: keras.Model) -> set[str]:
     """Paths of the weights that are no longer bit-identical."""
     return {path for path, value in values(model).items() if value.tobytes() != before[path].tobytes()}
+
+
+def spoil(extracted, row: int) -> None:
+    """Make the activations of one image NaN, in the plain view."""
+    for store in extracted.activations.views[0]:
+        store.write(row, np.full((1, *store.shape[1:]), np.nan))

@@ -98,7 +98,7 @@ def test_the_options_that_matter_are_options_of_train():
 
 def test_recipes_and_statuses_are_all_there():
     assert [row[0].strip("`") for row in rows("Recipes")] == list(RECIPES)
-    kinds = (errors.CheckError, errors.InputError, errors.Interrupted)
+    kinds = (errors.CheckError, errors.InputError, errors.Interrupted, errors.Terminated)
     assert [int(row[0]) for row in rows("Exit statuses")] == [0, *(kind.exit_status for kind in kinds)]
     assert set(METHODS) == {"fine_tune", "probe"}, "a new method wants a word in the README"
 

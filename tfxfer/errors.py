@@ -43,3 +43,17 @@ class Interrupted(TfxferError):
     """The user stopped a training; what was best is kept (exit 130)."""
 
     exit_status = 130
+
+
+class Terminated(SystemExit):
+    """The process was told to end (SIGTERM); what was reached is saved (exit 143).
+
+    It comes in the middle of anything, so it is no `Exception`: code that tries something else when a file or a
+    conversion fails must not take it for such a failure.
+    """
+
+    exit_status = 143
+
+    def __init__(self, told: str):
+        super().__init__(told)
+        self.code = self.exit_status

@@ -15,7 +15,7 @@ from tfxfer.errors import InputError
 
 CALIBRATION_BINS = 15
 MIN_PROBABILITY = float(np.finfo(np.float32).eps)  # a float32 softmax saturates at 0; its log must stay finite
-_BLOCK_SIZE = 20_000_000  # numbers held at once for the draws: 160 MB
+_BLOCK_SIZE = 2_000_000  # numbers held at once for the draws: 16 MB, and two arrays more of their size
 _SUM_TOLERANCE = 0.01  # of the rows of probabilities; float16 outputs are that far off
 
 

@@ -378,3 +378,13 @@ def test_predict_on_nothing(refuses, run_copy, tmp_path):
 def test_export_in_a_format_that_is_not_there(refuses, run_copy):
     assert "Unknown export format 'onx'. Did you mean 'onnx'" in refuses("export", run_copy, "--formats", "onx")
     assert "export format" in refuses("export", run_copy, "--formats", ",")
+
+
+def test_a_recipe_file_that_is_none_is_named(folder, refuses, tmp_path):
+    photos(folder, a=4, b=4)
+    recipe = tmp_path / "mine.toml"
+    recipe.write_text('[[stages]]\nname = "tune"\nregularizer = "l2"\n', encoding="utf-8")
+    told = refuses("train", str(folder), "--recipe", str(recipe), "--out", str(tmp_path / "run"))
+    assert "mine.toml is no recipe" in told and "regularizer must be one of l2_sp, lwf, co_tuning" in told
+    told = refuses("train", str(folder), "--recipe", "other.toml", "--out", str(tmp_path / "run"))
+    assert told == "Cannot read other.toml: No such file or directory."

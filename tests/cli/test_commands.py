@@ -1,3 +1,4 @@
+import csv
 import json
 import shutil
 import signal
@@ -14,10 +15,10 @@ from PIL import Image
 from typer.testing import CliRunner
 
 from tfxfer.cli import app
-from tfxfer.cli.show import describe_baseline
+from tfxfer.cli.show import describe_baseline, describe_time_limit
 from tfxfer.cli.train import parse_seconds
 from tfxfer.errors import InputError
-from tfxfer.runtime.files import sha256_of_folder
+from tfxfer.runtime.files import sha256_of_file, sha256_of_folder
 from tfxfer.sources.catalog import get_source, list_sources
 from tfxfer.workflow import training
 from tfxfer.workflow.planning import make_plan
@@ -83,14 +84,26 @@ def test_what_is_no_time(text):
         parse_seconds(text)
 
 
+def test_a_time_limit_in_words():
+    plan = {"stage": "fine_tune", "does": "1 rate, 4 epochs, 1 fold"}
+    limit = {"seconds": 60.0, "left": 0.4, "left_out": {}}
+    info = {"time_limit": limit, "selection": {"time_plan": [plan]}}
+    assert describe_time_limit(info) == [("time limit", "60 s; fine_tune: 1 rate, 4 epochs, 1 fold")]
+    info = {"time_limit": {"seconds": 5.0, "left": -20.0, "left_out": {"tune": "it is over"}}, "selection": {}}
+    over = "5 s, passed by 20 s: a probe, its score and its exports are never left out"
+    assert describe_time_limit(info) == [("time limit", over), ("left out", "tune (it is over)")]
+    assert describe_time_limit({"selection": {}}) == []
+
+
 def test_the_verdict_in_one_line():
     gate = {
         "verdict": "negative", "metric": "accuracy", "model": 0.87, "scores": {"SVC on pixels": 0.96, "other": 0.1},
         "best": "SVC on pixels", "difference": -0.09, "low": -0.1, "high": -0.05, "proven": False,
+        "note": "not proven: it had not converged",
     }  # fmt: skip
     line = describe_baseline(gate)
     assert line.startswith("negative: accuracy 0.870 against 0.960 of the best baseline, SVC on pixels")
-    assert "-0.090 (-0.100 to -0.050)" in line and line.endswith("not proven: the baseline had not converged")
+    assert "-0.090 (-0.100 to -0.050)" in line and line.endswith("; not proven: it had not converged")
     assert describe_baseline({"verdict": "not asked"}) == "not compared (--no-baseline)"
 
 
@@ -420,3 +433,34 @@ def test_a_real_ctrl_c_keeps_the_model(digits_folder, tmp_path):
     assert run.info["status"] == "interrupted" and run.model.output_shape[-1] == 10
     found = invoke("export", out, "--formats", "onnx", "--json")
     assert found.exit_code == 0 and json.loads(found.stdout)[0]["passed"] is True
+
+
+def test_a_run_is_continued_by_the_command_line(tfxfer, digits_folder, trained, tmp_path, no_exports):
+    """A class is gone and one has come: first what would go on, then the training, then the table."""
+    data = Path(shutil.copytree(digits_folder, tmp_path / "data"))
+    for part in ("train", "test"):
+        (data / part / "nine").rename(data / part / "ten")
+        shutil.rmtree(data / part / "zero")
+    names = sorted({*trained.class_names} - {"nine", "zero"})
+    command = ["train", data, "--source", f"run:{trained.path}", "--drop-class", "nine", "--method", "probe"]
+    status, _, told = tfxfer(*command)
+    assert status == 2 and "knows 'zero', of which data has no image" in told
+    command += ["--drop-class", "zero", "--no-baseline", "--out", tmp_path / "run"]
+    status, shown, _ = tfxfer(*command, "--dry-run", "--json")
+    found = json.loads(shown)["continued"]
+    assert status == 0 and not (tmp_path / "run").exists()
+    assert found["classes"] == {"kept": names, "new": ["ten"], "dropped": ["nine", "zero"]}
+    old = {row["sha256"] for row in csv.DictReader((trained.path / "split.csv").open(newline=""))}
+    digests = [sha256_of_file(path) for path in data.rglob("*.png") if path.name != "broken.png"]
+    assert found["images"]["old"] == sum(digest in old for digest in digests)
+    assert found["images"]["new"] - 1 == sum(digest not in old for digest in digests) == 0  # broken.png, not yet opened
+    shown = tfxfer(*command, "--dry-run")[1]
+    assert "8 classes kept, new ten, dropped nine, zero; 180 images of it, 1 new" in " ".join(shown.split())
+    status, shown, _ = tfxfer(*command)
+    info = json.loads((tmp_path / "run" / "run.json").read_text())
+    assert status == 0 and info["data"]["classes"] == [*names, "ten"]
+    assert info["plan"]["drop_class"] == ["nine", "zero"]
+    flat = " ".join(shown.replace("│", " ").split())
+    assert f"{info['continued']['verdict']}: {info['continued']['reason']}" in flat and "classes both know" in flat
+    for row in info["continued"]["losses"]:
+        assert f"{row['name']} {row['old']:.2f} to {row['new']:.2f}" in flat

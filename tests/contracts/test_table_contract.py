@@ -12,7 +12,7 @@ from tfxfer.errors import InputError
 from tfxfer.registry import lookup
 
 ROOT = Path(tfxfer.__file__).parent
-# Table: its file, and whether its order matters (the first reader that can, reads; recipes go from plain to special).
+# Table: its file, and whether its order matters (the first reader that can, reads).
 TABLES = {
     "KINDS": ("sources/__init__.py", False),
     "BUILDERS": ("sources/builders/__init__.py", False),
@@ -20,7 +20,6 @@ TABLES = {
     "EXPORTERS": ("exporters/__init__.py", False),
     "METHODS": ("methods/__init__.py", False),
     "READERS": ("data/__init__.py", True),
-    "RECIPES": ("train/recipes.py", True),
 }
 
 
@@ -50,7 +49,7 @@ def test_an_unknown_name_gets_near_matches(name):
 
 
 def test_looking_into_the_tables_imports_nothing_heavy():
-    folders = sorted({Path(file).parent.as_posix().replace("/", ".") for file, _ in TABLES.values()} - {"train"})
+    folders = sorted({Path(file).parent.as_posix().replace("/", ".") for file, _ in TABLES.values()})
     code = "import sys; " + "; ".join(f"import tfxfer.{folder}" for folder in folders)
     code += "; print(sorted({'keras', 'onnxruntime', 'tensorflow', 'tf2onnx'} & set(sys.modules)))"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=60)

@@ -8,7 +8,6 @@ import pytest
 from PIL import Image
 
 from tfxfer.data import load_data, load_test_data
-from tfxfer.data.audit import rows_of
 from tfxfer.errors import InputError
 from tfxfer.runtime.files import write_json
 from tfxfer.runtime.images import ImageError, decode_image
@@ -46,7 +45,9 @@ def test_pixels_are_decoded_once_at_the_loaded_size_and_held(folder):
         path.rename(path.with_suffix(".gone"))
     for name in data.parts:
         pixels = data.pixels(name, 20)
-        assert data.pixels(name, 20) is pixels and not pixels.flags.writeable
+        rows = data.pixel_rows(name, 20)
+        assert data.pixel_rows(name, 20) is rows and rows.shape == pixels.shape
+        np.testing.assert_array_equal(rows[[2, 0, 0]], pixels[[2, 0, 0]])
         expected = [decode_image(path.with_suffix(".gone"), 20) for path in data.part(name).paths]
         assert np.array_equal(pixels, np.stack(expected))
     with pytest.raises(ImageError, match="no such file"):
@@ -69,14 +70,25 @@ def test_loaded_data_is_not_loaded_again(folder):
         load_data(load_data(folder))
 
 
-@pytest.mark.parametrize("seed", range(5))
-def test_rows_are_brought_together_in_place(seed):
-    random = np.random.default_rng(seed)
-    array = random.integers(0, 99, (50, 3))
-    rows = random.permutation(50)[: random.integers(1, 51)]
-    expected = array[rows]
-    view = rows_of(array, rows.tolist())
-    assert np.array_equal(view, expected) and view.base is array
+def test_pixels_at_another_size_are_decoded_when_they_are_read(folder):
+    data = load_data(folder, image_size=20)
+    rows = data.pixel_rows("train", 12)
+    paths = data.part("train").paths
+    np.testing.assert_array_equal(rows[[1, 4]], np.stack([decode_image(paths[row], 12) for row in (1, 4)]))
+    for row in (1, 4):
+        paths[row].rename(paths[row].with_suffix(".gone"))
+    assert rows[4].shape == (12, 12, 3) and rows[1:2].shape == (1, 12, 12, 3)  # once only
+    paths[0].rename(paths[0].with_suffix(".gone"))
+    with pytest.raises(ImageError, match="no such file"):
+        rows[:3]
+
+
+def test_the_digest_of_pixels_follows_the_files_and_the_size(folder):
+    one, two = load_data(folder, image_size=20), load_data(folder)
+    assert one.pixel_rows("train", 20).digest == two.pixel_rows("train", 20).digest  # decoded or not
+    assert (
+        len({data.pixel_rows(name, size).digest for data in (one, two) for name in one.parts for size in (20, 12)}) == 6
+    )
 
 
 def test_load_test_data_takes_everything_or_the_test_part(folder, tmp_path, make_classes):
@@ -110,3 +122,14 @@ def test_one_audit_serves_any_size(tmp_path, make_picture):
     assert len(loaded[0].near_duplicates) == 30
     assert all(data.near_duplicates == loaded[0].near_duplicates for data in loaded)
     assert all(data.fingerprint == loaded[0].fingerprint for data in loaded)
+
+
+def test_classes_in_another_order_keep_their_images(tmp_path, make_classes):
+    data = load_data(make_classes(tmp_path, {"a": 8, "b": 9, "c": 10}), image_size=16)
+    other = data.with_classes(["c", "a", "b"])
+    assert other.class_names == ("c", "a", "b") and other.counts()["train"] == data.counts()["train"]
+    for name, part in data.parts.items():
+        ids = dict(zip(other.parts[name].ids, other.parts[name].labels, strict=True))
+        assert all(other.class_names[ids[id]] == id[0] for id in part.ids)
+        np.testing.assert_array_equal(other.pixels(name, 16), data.pixels(name, 16))
+    assert other.fingerprint != data.fingerprint

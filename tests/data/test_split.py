@@ -2,12 +2,14 @@
 
 import csv
 import hashlib
+import shutil
 
 import numpy as np
 import pytest
 
 from tfxfer.data import load_data
 from tfxfer.data.split import assign, share
+from tfxfer.data.split_file import EarlierSplit
 from tfxfer.errors import InputError
 
 FRACTIONS = {"test": 0.2, "val": 0.2}
@@ -173,6 +175,53 @@ def test_split_file_that_does_not_fit(tmp_path, make_classes):
     (tmp_path / "split.csv").write_text("path,part,sha256\ntest/a/0100.png,train,\n")
     with pytest.raises(InputError, match=r"puts test/a/0100\.png in train, but the data has it in test"):
         load_data(tmp_path / "parts", split=tmp_path / "split.csv")
+
+
+def test_data_that_has_grown_in_another_folder_follows_contents_and_named_groups_never_paths(tmp_path, make_classes):
+    make_classes(tmp_path / "old", {"a": 30, "b": 30})
+    first = load_data(tmp_path / "old", seed=1, group_by=r"/(\d\d\d)\d\.png$")
+    first.write_split(tmp_path / "split.csv")
+    earlier = EarlierSplit(tmp_path / "split.csv", continued=True)
+    make_classes(tmp_path / "new", {"a": 30, "b": 30, "c": 20}, start=200)
+    for number, id in enumerate(sorted(where(first))[10:]):  # the names tell nothing: others had them
+        shutil.copy(tmp_path / "old" / id, tmp_path / "new" / id.split("/")[0] / f"{(number * 7) % 50:04d}.png")
+    grown = load_data(tmp_path / "new", seed=2, split=earlier)
+    before = {digest: name for name, part in first.parts.items() for digest in part.sha256}
+    now = {digest: name for name, part in grown.parts.items() for digest in part.sha256}
+    assert sum(digest in before for digest in now) == 50
+    assert all(now[digest] == part for digest, part in before.items() if digest in now)
+    new = {digest: name for digest, name in now.items() if digest not in before}
+    assert {name: sum(part == name for part in new.values()) for name in ("train", "val", "test")} == {
+        name: sum(share(2, digest) < high for digest in new) - sum(share(2, digest) < low for digest in new)
+        for name, low, high in (("test", 0, 0.2), ("val", 0.2, 0.4), ("train", 0.4, 1))
+    }
+    assert earlier.trained_on() == {digest for digest, part in before.items() if part != "test"}
+    # A group that the run trained on stays out of the test, though none of its images came along.
+    for part in ("train", "test"):
+        group = next(row["group"] for row in earlier.rows if row["part"] == part)
+        assert earlier.part_of("elsewhere.png", "0" * 64, group) == part
+    load_data(tmp_path / "new", split=EarlierSplit(*[tmp_path / "split.csv"] * 2, continued=True))
+    shutil.rmtree(tmp_path / "old")
+    alone = load_data(make_classes(tmp_path / "other", {"a": 20, "b": 20}, start=900), split=earlier)
+    assert len(alone) == 40 and alone.split["file"] == str(tmp_path / "split.csv")
+
+
+def test_given_parts_that_put_trained_images_into_the_test_are_refused(tmp_path, make_classes):
+    make_classes(tmp_path / "old", {"a": 30, "b": 30})
+    first = load_data(tmp_path / "old")
+    first.write_split(tmp_path / "split.csv")
+    earlier = EarlierSplit(tmp_path / "split.csv", continued=True)
+    for name, part in first.parts.items():  # val as train: both were seen
+        for id in part.ids:
+            target = tmp_path / "new" / ("test" if name == "test" else "train") / id
+            target.parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy(tmp_path / "old" / id, target)
+    grown = load_data(tmp_path / "new", split=earlier)
+    assert set(grown.part("test").sha256) == set(first.part("test").sha256)
+    moved = tmp_path / "new/train" / first.part("train").ids[0]
+    moved.rename(tmp_path / "new/test" / first.part("train").ids[0])
+    with pytest.raises(InputError, match=r"split\.csv puts test/\w/\d+\.png in train, but the data has it in test"):
+        load_data(tmp_path / "new", split=earlier)
 
 
 @pytest.mark.parametrize(

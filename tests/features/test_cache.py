@@ -18,16 +18,11 @@ import numpy as np
 import pytest
 
 from tfxfer.errors import CheckError, InputError
-from tfxfer.features.cache import (
-    CacheFull,
-    CacheWarning,
-    FeatureCache,
-    cache_key,
-    content_digest,
-    parse_bytes,
-    take_lock,
-)
-from tfxfer.features.store import RowStore
+from tfxfer.features.cache import CacheWarning, FeatureCache, parse_bytes
+from tfxfer.features.keys import cache_key, content_digest
+from tfxfer.features.shelf import CacheFull, Shelf
+from tfxfer.runtime.locks import take_lock
+from tfxfer.runtime.store import RowStore
 
 SHAPES = {"activations": ((40, 2, 2, 8), "float16"), "features": ((40, 16), "float32")}
 KEYS = [cache_key(number=number) for number in range(6)]
@@ -51,7 +46,10 @@ COMMON = f"""
 import os, signal, sys, time
 from pathlib import Path
 import numpy as np
-from tfxfer.features.cache import CacheFull, FeatureCache, cache_key, take_lock
+from tfxfer.features.cache import FeatureCache
+from tfxfer.features.keys import cache_key
+from tfxfer.features.shelf import CacheFull
+from tfxfer.runtime.locks import take_lock
 SHAPES, KEYS = {SHAPES}, {KEYS}
 {inspect.getsource(rows_of)}
 {inspect.getsource(compute)}
@@ -625,7 +623,7 @@ def test_a_new_entry_is_not_dropped_for_the_damage_of_an_old_one(cache):
     lock_of_old = take_lock(cache.folder / KEYS[0] / "used", shared=True)
     shutil.rmtree(cache.folder / KEYS[0])  # as another process does that saw the damage too
     fill(cache, 0)
-    cache._drop(cache.folder / KEYS[0], lock_of_old)
+    Shelf(cache.folder).drop(cache.folder / KEYS[0], lock_of_old)
     assert holds(cache, 0)
 
 

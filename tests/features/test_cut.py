@@ -88,10 +88,13 @@ def test_the_suffix_treats_statistics_as_the_model_does(state):
     assert changed == expected
 
 
-def test_two_tensors_over_the_boundary_cannot_be_cut():
+def test_two_tensors_cross_a_skip():
     model = around(skip_backbone())
     images = pictures(3).astype(np.float32)
-    assert cut_model(model, 2) is None  # first's output goes round second and third
-    for depth in (0, 1, 3):
+    for depth, count in ((0, 1), (1, 1), (2, 2), (3, 1)):  # block_1's output goes round block_2 and block_3
         cut = cut_model(model, depth)
+        assert len(cut.suffix.inputs) == count
         np.testing.assert_allclose(softmax(cut.suffix(cut.prefix(images)).numpy()), model(images), atol=1e-5)
+        if depth == 2:
+            expected = model.get_layer("skip_backbone")(model.get_layer("normalise")(images))
+            np.testing.assert_allclose(cut.tail(cut.prefix(images)), expected, atol=1e-5)

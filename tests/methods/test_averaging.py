@@ -74,6 +74,22 @@ def test_the_class_averages_variables_step_by_step_eagerly_and_traced(decay, tra
     assert len(traces) == (1 if traced else 19)
 
 
+@pytest.mark.parametrize("uniform", [False, True])
+def test_one_graph_for_all_steps_has_the_bits_of_the_formula_op_by_op(uniform):
+    random = np.random.default_rng(0)
+    kinds = ((3, "float32"), (1001, "float32"), (70, "float16"), (70, "bfloat16"), (9, "float64"), (2, "int64"))
+    weights = [keras.Variable(np.ones(size), dtype=dtype) for size, dtype in kinds]
+    average, expected = WeightAverage(weights, 0.3, uniform=uniform), start_average(weights)
+    for step in range(30):
+        for weight in weights:
+            weight.assign(keras.ops.cast(random.normal(0, 3, weight.shape), weight.dtype))
+        average.update(step if step % 2 else tf.constant(step))
+        expected = update_average(expected, weights, step, 0.3, uniform=uniform)
+        for found, value in zip(average.state(), expected, strict=True):
+            assert found.tobytes() == value.numpy().tobytes(), (step, value.dtype)
+    assert average._graph.experimental_get_tracing_count() == 1
+
+
 def test_small_steps_do_not_drown_in_half_precision():
     """With decay 0.999 a float16 average of 1 could not take in 1.001: the step is below its rounding."""
     weight = keras.Variable(np.full(2, 1.001), dtype="float16")

@@ -165,3 +165,17 @@ def test_arrays_that_do_not_fit_are_refused(targets, weights):
 def test_alpha_out_of_range_is_refused(alpha):
     with pytest.raises(InputError, match="alpha"):
         mixup(*batch(), 0, alpha=alpha)
+
+
+@pytest.mark.parametrize("mix", [mixup, cutmix])
+def test_tensors_that_cross_together_are_mixed_alike(mix):
+    """The second tensor is the first one at half its size, and stays so where the box has even edges."""
+    coarse = np.arange(4, dtype=np.float32)[:, None, None, None] * np.ones((1, 4, 4, 2), np.float32)
+    fine = coarse.repeat(2, 1).repeat(2, 2)
+    targets, weights = np.eye(4), np.ones(4)
+    for seed in range(5):
+        both = mix((coarse, fine), targets, weights, (seed, 0), alpha=1.0)
+        alone = mix(coarse, targets, weights, (seed, 0), alpha=1.0)
+        np.testing.assert_array_equal(both.images[0], alone.images)
+        np.testing.assert_array_equal(both.images[1], alone.images.repeat(2, 1).repeat(2, 2))
+        np.testing.assert_array_equal(both.targets, alone.targets)

@@ -1,7 +1,8 @@
 import numpy as np
 import pytest
 
-from tfxfer.features.solvers import LogisticPath, log_softmax, weighted_log_loss
+from tfxfer.errors import InputError
+from tfxfer.features.solvers import Anchor, LogisticPath, log_softmax, weighted_log_loss
 from tfxfer.methods import METHODS
 from tfxfer.methods import probe as probe_module
 from tfxfer.methods.probe import fit_probe, make_folds
@@ -80,7 +81,7 @@ def test_the_probe_s_loss_is_that_of_images_held_out():
     path = LogisticPath(features, labels, 4)
     table = np.empty((120, 4))
     for train, held in pairs:
-        table[held] = path.log_probabilities(path.optimum(probe.strength, rows=train), held)
+        table[held] = path.log_probabilities(path.optimum(probe.choice["strength"], rows=train), held)
     assert probe.log_loss == pytest.approx(-table[np.arange(120), labels].mean(), rel=0.01)
     assert probe.held_log_losses.mean() == pytest.approx(probe.log_loss, rel=1e-5)
     # Its own images flatter it.
@@ -94,7 +95,7 @@ def test_with_many_images_the_validation_part_decides(monkeypatch):
     probe = fit(features, labels, rows=rows, held=held)
     assert probe.chosen_by == "validation log loss"
     head = LogisticPath(features, labels, 4)
-    theta = head.optimum(probe.strength, rows=rows)
+    theta = head.optimum(probe.choice["strength"], rows=rows)
     table = head.log_probabilities(theta, held)
     assert probe.log_loss == pytest.approx(-table[np.arange(30), labels[held]].mean(), rel=0.01)
     assert len(probe.held_log_losses) == 30
@@ -116,7 +117,9 @@ def test_every_view_of_a_training_image_counts_and_only_the_plain_one_of_a_held_
     assert probe.num_views == 2 and len(probe.held_log_losses) == 60
     rows = np.arange(0, 60, 2)
     both = LogisticPath(np.concatenate([plain, other]), np.tile(labels, 2), 4)
-    expected = both.to_head(both.optimum(probe.strength, rows=np.concatenate([rows, rows + 60])), probe.strength, 0)
+    expected = both.to_head(
+        both.optimum(probe.choice["strength"], rows=np.concatenate([rows, rows + 60])), probe.choice["strength"], 0
+    )
     np.testing.assert_allclose(probe.head(rows).kernel, expected.kernel, atol=1e-5)
     # Noise in the second view's held-out copies would change nothing.
     assert probe.held_log_losses.mean() == pytest.approx(probe.log_loss, rel=1e-5)
@@ -142,7 +145,7 @@ def test_grouped_copies_do_not_make_the_probe_sure_of_itself():
     apart = fit(features, labels)
     together = fit(features, labels, groups=[str(thing) for thing in things])
     assert apart.log_loss < 0.3 and together.log_loss > 0.6
-    assert together.strength > apart.strength
+    assert together.choice["strength"] > apart.choice["strength"]
 
 
 def test_the_methods_take_their_stages():
@@ -152,3 +155,55 @@ def test_the_methods_take_their_stages():
     assert METHODS["probe"](both) == (convex,)
     (only,) = METHODS["probe"](Recipe("tune", (tuned,)))
     assert only.solver == "convex"
+
+
+def test_a_head_from_before_is_kept_where_held_out_images_say_so():
+    """A head that was made for very many images, against ten of a class: theirs alone is worse, and is not taken."""
+    features, labels = problem(3000, seed=3)
+    good = LogisticPath(features[100:2000], labels[100:2000], 4).solve(0.01)
+    few, own = features[:40], labels[:40]
+    anchor = Anchor(good.kernel, good.bias, np.ones(4, bool))
+
+    def choose(anchor, judged=None):
+        groups = tuple(map(str, range(40)))
+        return fit_probe(
+            few[None], own, np.ones(40), groups, np.arange(40), np.zeros(0, int), 4, anchor=anchor, judged=judged
+        )
+
+    new = features[2000:], labels[2000:]
+    from_zero, from_before = choose(None), choose(anchor)
+    assert from_before.log_loss < from_zero.log_loss
+    losses = [
+        weighted_log_loss(log_softmax(p.head(np.arange(40)).logits(new[0])), new[1]) for p in (from_before, from_zero)
+    ]
+    assert losses[0] < losses[1]
+    bad = Anchor(-good.kernel, -good.bias, np.ones(4, bool))
+    assert choose(bad).choice["stiffness"] == "0.0" and choose(bad).log_loss == from_zero.log_loss
+    np.testing.assert_array_equal(choose(bad).head(np.arange(40)).kernel, from_zero.head(np.arange(40)).kernel)
+    judged = np.arange(0, 40, 2)
+    assert len(choose(anchor, judged).held_log_losses) == 20
+
+
+@pytest.mark.parametrize("solver", ["ridge", "prototype"])
+def test_a_closed_form_head_leaves_all_views_of_held_out_images_out(solver):
+    """A second view that gives the label away is worth nothing where the held-out images' own is left out."""
+    plain, labels = problem(80)
+    groups, rows = tuple(map(str, range(80))), np.arange(80)
+    both = np.stack([plain, plain])
+    one, two = (
+        fit_probe(x, labels, np.ones(80), groups, rows, rows[:0], 4, solver=solver) for x in (plain[None], both)
+    )
+    assert two.log_loss == pytest.approx(one.log_loss, rel=1e-3)
+    assert one.held_log_losses.mean() == pytest.approx(one.log_loss, rel=1e-4)
+    np.testing.assert_allclose(two.head(rows).kernel, one.head(rows).kernel, atol=1e-3)
+    assert one.solver == solver and one.chosen_by == "5-fold log loss"
+
+
+def test_a_continued_run_needs_the_logistic_head():
+    features, labels = problem(40)
+    anchor = Anchor(np.zeros((12, 4), np.float32), np.zeros(4, np.float32), np.ones(4, bool))
+    with pytest.raises(InputError, match="solver 'convex', not 'ridge'"):
+        fit_probe(
+            features[None], labels, np.ones(40), tuple(map(str, range(40))), np.arange(40), np.arange(0), 4,
+            anchor=anchor, solver="ridge",
+        )  # fmt: skip

@@ -7,9 +7,10 @@ from sklearn.linear_model import LogisticRegressionCV
 from tfxfer.metrics import metric_value
 from tfxfer.model.build import build_model
 from tfxfer.select.baseline import judge_baselines, quick_baselines, random_features_baseline
-from tfxfer.select.scratch import _Stack, train_from_scratch
+from tfxfer.select.scratch import _Mirrored, train_from_scratch
 from tfxfer.sources.catalog import get_source
 from tfxfer.specs import Plan, Recipe, Stage
+from tfxfer.train.clock import Clock
 from tfxfer.train.outcome import TrainingData
 
 PLAN = Plan("digits_cnn", Recipe("probe", (Stage("probe", solver="convex", epochs=0),)), image_size=32, seed=1)
@@ -141,12 +142,13 @@ def test_the_weights_of_training_images_count_in_every_quick_baseline(parts):
         assert skewed[name][:, 3].mean() > plain[name][:, 3].mean(), name
 
 
-def test_views_are_one_array_without_being_copied_into_one():
+def test_mirrored_views_are_those_of_one_array_of_both():
     random = np.random.default_rng(0)
     pixels = random.integers(0, 256, (7, 4, 5, 3), np.uint8)
-    stack = _Stack([pixels, pixels[:, :, ::-1]])
+    before = pixels.copy()
     view, rows = random.integers(0, 2, 20), random.integers(0, 7, 20)
-    batch = stack[view, rows]
+    batch = _Mirrored(pixels)[view, rows]
+    np.testing.assert_array_equal(pixels, before)
     np.testing.assert_array_equal(batch, np.stack([pixels, pixels[:, :, ::-1]])[view, rows])
     assert batch.dtype == np.float32
 
@@ -169,6 +171,62 @@ def test_steps_that_run_out_are_told_and_the_loss_told_is_that_of_the_weights_ke
     told = np.log(found.probabilities[np.arange(len(held)), data.labels[data.held]])
     weights = data.weights[data.held]
     assert found.best_log_loss == pytest.approx(-(told * weights).sum() / weights.sum(), rel=1e-3)
+
+
+class Reads:
+    """Rows of an array, and how many were asked for at once."""
+
+    def __init__(self, pixels: np.ndarray, sizes: list[int]):
+        self.pixels, self.shape, self.dtype, self.sizes = pixels, pixels.shape, pixels.dtype, sizes
+
+    def __len__(self):
+        return len(self.pixels)
+
+    def __getitem__(self, rows):
+        found = self.pixels[rows]
+        self.sizes.append(len(found))
+        return found
+
+
+@pytest.mark.parametrize("seen", [{"mirror": True}, {"mirror": False, "rand": True}])
+def test_training_from_scratch_reads_a_batch_at_a_time(parts, monkeypatch, seen):
+    """500 images; a weight of zero on the last 90 of the validation part says how those behind the first 64 count."""
+    monkeypatch.setattr("tfxfer.select.scratch.MIN_EPOCHS", 1)
+    data, images, labels = parts
+    pixels, sizes = np.concatenate([*data.parts, images]), []
+    many = TrainingData(
+        parts=(Reads(pixels[:200], sizes), Reads(pixels[200:], sizes)),
+        labels=np.concatenate([data.labels, labels]),
+        weights=np.where(np.arange(500) < 410, 1.0, 0.0),
+        groups=tuple(map(str, range(500))),
+        rows=np.arange(150),
+        held=np.arange(150, 500),
+        num_classes=10,
+        may_pool=True,
+    )
+    found = train_from_scratch(get_source("digits_cnn"), PLAN, many, pixels[150:410], transfer_epochs=0, **seen)
+    assert max(sizes) == 64 and sum(sizes) >= 500
+    told = np.log(found.probabilities[np.arange(260), many.labels[150:410]])
+    assert found.best_log_loss == pytest.approx(-told.mean(), rel=1e-3)
+
+
+def test_time_that_runs_out_stops_training_from_scratch_and_nothing_is_proven(small):
+    data, test, _ = small
+    over = Clock(1.0, started=0.0, now=lambda: 2.0)
+    found = train_from_scratch(
+        get_source("digits_cnn"), PLAN, data, test, transfer_epochs=2, mirror=False, clock=over, held_seconds=1.0
+    )
+    assert (found.epochs, found.converged) == (1, False) and np.isfinite(found.best_log_loss)
+    assert over.stopped and found.probabilities.shape == (len(test), 10)
+
+
+def test_baselines_that_are_not_wanted_are_not_there(small):
+    data, test, _ = small
+    asked = []
+    found = quick_baselines(get_source("digits_cnn"), PLAN, data, test, wanted=lambda name: bool(asked.append(name)))
+    assert list(found) == ["majority class"] and asked == ["classifiers on pixels", "random weights, same head"]
+    prior = np.bincount(data.labels, weights=data.weights, minlength=10) / data.weights.sum()
+    np.testing.assert_allclose(found["majority class"], np.tile(prior, (len(test), 1)))
 
 
 @pytest.mark.slow

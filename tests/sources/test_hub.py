@@ -310,6 +310,13 @@ def test_states_of_batch_norm(module, batch_norm):
     assert len(statistics) == (0 if batch_norm == "train" else 6)
 
 
+def test_affine_parameters_of_a_program_move_alone(module):
+    model = tfxfer.freeze(build(module), 0, batch_norm="affine", parameters="affine")
+    before = digest_frozen(model)
+    assert {name.rpartition(".")[2] for name in moved_by_training(model)} == {"gamma", "beta"}
+    assert audit_frozen(model, before)["bit_identical"] and len(before) == 15 - 6
+
+
 def test_statistics_stay_where_one_block_is_frozen(module):
     model = tfxfer.freeze(build(module), "re:stem", batch_norm="train")
     assert not program_of(model.get_layer("hub_backbone")).moves_statistics
@@ -438,7 +445,7 @@ def test_the_frozen_part_becomes_constants_for_the_feature_cache(module):
     model = build(module)
     expected = keras.Model(model.input, model.get_layer("dropout").input).predict(images, verbose=0)
     for depth in (0, 3):
-        _, features = FrozenPrefix(cut_model(tfxfer.freeze(model, depth), depth), batch_size=8)(images)
+        features, *_ = FrozenPrefix(cut_model(tfxfer.freeze(model, depth), depth), batch_size=8)(images)
         np.testing.assert_allclose(features, expected, atol=1e-5)
 
 

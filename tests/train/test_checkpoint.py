@@ -216,6 +216,38 @@ def test_sigterm_between_units_ends_at_once(tmp_path):
         time.sleep(2)
 
 
+def test_sigterm_ends_at_once_what_keeps_no_state_whatever_it_catches(tmp_path):
+    def work():
+        os.kill(os.getpid(), signal.SIGTERM)
+        try:
+            time.sleep(2)
+        except Exception:  # as code does that tries another way
+            return {}, {"value": 2}
+        raise AssertionError("it went on")
+
+    journal = Journal(tmp_path)
+    with pytest.raises(Terminated) as error, journal.ends_on_sigterm():
+        journal.memo("probe", work)
+    assert isinstance(error.value, SystemExit) and error.value.code == 143
+    assert Journal(tmp_path).memo("probe", lambda: ({}, {"value": 1}))[1] == {"value": 1}  # it was not finished
+
+
+def test_a_batch_that_takes_too_long_is_given_up_for_what_was_saved_before(tmp_path, monkeypatch):
+    monkeypatch.setattr(journal_module, "GRACE_SECONDS", 0.2)
+
+    def work(unit):
+        unit.save({}, {"step": 3})
+        os.kill(os.getpid(), signal.SIGTERM)
+        time.sleep(5)
+        raise AssertionError("it went on")
+
+    began, journal = time.monotonic(), Journal(tmp_path)
+    with pytest.raises(Terminated, match="what was saved before"), journal.ends_on_sigterm():
+        journal.run("tune", work)
+    assert 0.2 <= time.monotonic() - began < 2
+    assert Journal(tmp_path).run("tune", lambda unit: ({}, unit.state()[1]))[1]["step"] == 3
+
+
 def test_elsewhere_than_in_the_main_thread_signals_are_left_alone(tmp_path):
     before, seen = signal.getsignal(signal.SIGTERM), []
 
@@ -255,3 +287,25 @@ def test_a_second_training_is_refused_naming_the_first_until_that_dies(tmp_path)
         assert (tmp_path / ".holder.json").is_file()
     assert list(tmp_path.iterdir()) == []
     check_free(tmp_path)
+
+
+@pytest.mark.parametrize("kept", [True, False])
+def test_sigterm_saves_the_open_unit_of_another_training_in_the_same_process_too(tmp_path, kept):
+    def work(unit):
+        unit.save({"x": np.full(1, 7)}, {"step": 2})
+        os.kill(os.getpid(), signal.SIGTERM)
+        assert unit.due()
+        unit.save({"x": np.full(1, 8)}, {"step": 3})
+        raise AssertionError("it went on")
+
+    journal = Journal(tmp_path if kept else None)
+    told = "what was reached is saved" if kept else "nothing could be saved"
+    with pytest.raises(Terminated, match=told), journal.ends_on_sigterm():
+        journal.memo("probe", counted([]))
+        journal.child("seed-1").run("tune", work)
+    if kept:
+        again = Journal(tmp_path / "seed-1")
+        assert again.run("tune", lambda unit: ({}, unit.state()[1]))[1]["step"] == 3
+        assert "tune" not in " ".join(path.name for path in tmp_path.iterdir())
+        journal.clear()
+    assert not tmp_path.exists() or not any(tmp_path.iterdir())

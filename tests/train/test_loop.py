@@ -3,7 +3,7 @@ import dataclasses
 import keras
 import numpy as np
 import pytest
-from small_networks import moved, norm_model, pictures, values
+from small_networks import moved, norm_model, pictures, spoil, values
 
 from tfxfer.features.cut import cut_model
 from tfxfer.features.extract import FrozenPrefix, extract
@@ -119,10 +119,12 @@ def test_the_weights_kept_are_those_of_the_epoch_with_the_least_held_out_loss():
 
 
 def test_a_run_stops_when_the_held_out_loss_does_not_fall_any_more():
-    stage = Stage(**{**STAGE.to_dict(), "learning_rates": (0.3,), "epochs": 60})
-    _, trainer = ready(stage, patience=2)
+    stage = Stage(**{**STAGE.to_dict(), "learning_rates": (0.3,), "epochs": 60, "patience": 2})
+    _, trainer = ready(stage)
     run = trainer.run(ROWS, 0.3, held=HELD)
     assert len(run.history) == run.epochs + 2 < 60
+    _, trainer = ready(dataclasses.replace(stage, patience=0))
+    assert len(trainer.run(ROWS, 0.3, held=HELD, epochs=20).history) == 20
 
 
 def test_a_refit_follows_the_first_epochs_of_the_same_schedule():
@@ -246,7 +248,7 @@ class Stop(Exception):
     pass
 
 
-def resumed(tmp_path, stop_after: int, stage=STAGE, **options):
+def resumed(tmp_path, stop_after: int, stage=STAGE, rate=3e-3, **options):
     """Save after every batch, stop after so many, go on with another trainer; what came out, and where it went on."""
     journal = Journal(tmp_path, every_seconds=0.0)
 
@@ -262,7 +264,7 @@ def resumed(tmp_path, stop_after: int, stage=STAGE, **options):
 
         unit.save, unit.due = save, lambda: True
         _, trainer = ready(stage, dropout=0.3, views=("plain", "mirror"))
-        return trainer.run(ROWS, 3e-3, seed=7, unit=unit, **options).state()
+        return trainer.run(ROWS, rate, seed=7, unit=unit, **options).state()
 
     with pytest.raises(Stop):
         journal.run("tune", stopping)
@@ -270,7 +272,7 @@ def resumed(tmp_path, stop_after: int, stage=STAGE, **options):
     again = Journal(tmp_path)
     _, trainer = ready(stage, dropout=0.3, views=("plain", "mirror"))
     trainer.run(ROWS, 1e-2, epochs=1, seed=1)
-    found = again.run("tune", lambda unit: trainer.run(ROWS, 3e-3, seed=7, unit=unit, **options).state())
+    found = again.run("tune", lambda unit: trainer.run(ROWS, rate, seed=7, unit=unit, **options).state())
     return Trained.of_state(*found), again.resumed
 
 
@@ -287,6 +289,18 @@ def test_a_resumed_run_is_the_unstopped_one_bit_for_bit(tmp_path, stop_after, he
     assert whole.history == found.history and whole.epochs == found.epochs
     if held is not None:
         np.testing.assert_array_equal(whole.held_log_probabilities, found.held_log_probabilities)
+
+
+@pytest.mark.parametrize("stop_after", [3, 7])
+def test_early_stopping_and_the_best_epoch_survive_a_resume(tmp_path, stop_after):
+    stage = dataclasses.replace(STAGE, epochs=40, patience=2, warmup_share=0.0)
+    rates = {"held": HELD, "epochs": 40}
+    whole = ready(stage, dropout=0.3, views=("plain", "mirror"))[1].run(ROWS, 0.2, seed=7, **rates)
+    assert len(whole.history) == whole.epochs + 2 < 40
+    assert stop_after < 2 * len(whole.history)
+    found, _ = resumed(tmp_path, stop_after, stage, rate=0.2, **rates)
+    assert found.epochs == whole.epochs and found.history == whole.history
+    assert all(np.array_equal(a, b) for a, b in zip(whole.weights, found.weights, strict=True))
 
 
 def test_a_callback_goes_on_where_it_was(tmp_path):
@@ -307,7 +321,7 @@ def test_a_callback_goes_on_where_it_was(tmp_path):
 @pytest.mark.parametrize("held", [None, HELD])
 def test_input_that_is_no_number_stops_at_its_batch_and_names_its_rows(held):
     _, trainer = ready()
-    trainer.extracted.activations[0, 11] = np.nan
+    spoil(trainer.extracted, 11)
     before = trainer.suffix.get_weights()
     with pytest.raises(NotFinite) as error:
         trainer.run(ROWS, 3e-3, held=held)

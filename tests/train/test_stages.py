@@ -1,4 +1,5 @@
 import dataclasses
+import json
 
 import keras
 import numpy as np
@@ -6,16 +7,19 @@ import pytest
 from PIL import Image
 from small_networks import SIZE_PX, around, moved, norm_model, skip_backbone, values
 
-from tfxfer.errors import InputError
+from tfxfer.errors import CheckError, InputError
+from tfxfer.features.closed_form import RidgePath
 from tfxfer.features.cut import cut_model
 from tfxfer.features.extract import FrozenPrefix, extract
 from tfxfer.features.solvers import log_softmax
 from tfxfer.methods.probe import fit_probe
 from tfxfer.metrics import metric_value
-from tfxfer.model.freeze import digest_frozen, freeze
+from tfxfer.model.freeze import adapt_batch_norm, digest_frozen, freeze
+from tfxfer.model.taps import tap_model
 from tfxfer.runtime.progress import Progress
 from tfxfer.specs import Plan, Recipe, Stage
 from tfxfer.train import stages as stages_module
+from tfxfer.train import trainers as trainers_module
 from tfxfer.train.clock import Clock
 from tfxfer.train.journal import Journal
 from tfxfer.train.outcome import TrainingData
@@ -58,9 +62,9 @@ def training_data(small_digits, num_train, num_held, may_pool=False, groups=None
     )
 
 
-def run(data, *stages, model=None, callbacks=(), clock=None, progress=None, on_model=lambda stage: None, **plan):
+def run(data, *stages, model=None, callbacks=(), clock=None, progress=None, on_model=lambda stage, model: None, **plan):
     model = model or norm_model(4)
-    plan = {"augment": "none", "batch_size": 32, "image_size": SIZE_PX} | plan
+    plan = {"augment": "none", "batch_size": 32, "features": "last", "image_size": SIZE_PX} | plan
     plan = Plan("small", Recipe("own", stages), **plan)
     try:
         outcome = run_stages(
@@ -76,7 +80,7 @@ def probe_on(data, model, rows, held=()):
     """The probe by its own parts, on what the model's backbone computes now."""
     cut = cut_model(model, 3)
     features = extract(FrozenPrefix(cut), data.parts).features
-    return features[0], fit_probe(
+    return features[0][:], fit_probe(
         features, data.labels, data.weights, data.groups, np.asarray(rows), np.asarray(held, int), data.num_classes
     )
 
@@ -116,6 +120,75 @@ def test_the_probe_alone(data):
     assert outcome.audit["bit_identical"] is True and outcome.audit["num_variables"] == 3 * 5
 
 
+def test_a_ridge_probe_is_an_ordinary_dense_layer(data):
+    model, outcome = run(data, dataclasses.replace(PROBE, solver="ridge"))
+    features, _ = probe_on(data, model, data.rows, data.held)
+    choice = {key: outcome.selection["probe"][key] for key in ("strength", "temperature", "log_loss")}
+    head = RidgePath(features, data.labels, 4).head(data.all_rows, **choice)
+    check_model_is(model, data, outcome, head)
+
+
+def test_a_probe_on_several_blocks_is_a_model_around_the_same_layers(data):
+    model, told = norm_model(4), []
+    before = values(model)
+    trained, outcome = run(
+        data, PROBE, model=model, features="multi", on_model=lambda stage, model: told.append((stage, model))
+    )
+    assert told == [("probe", outcome.model)] and outcome.model is not trained
+    assert moved(before, trained) == {"logits/kernel", "logits/bias"}  # the probe on the last block
+    found = outcome.selection["features"]
+    assert found["used"] == "multi" and found["blocks"][-1] == "c_conv" and outcome.audit["bit_identical"] is True
+    tapped = tap_model(trained)
+    wide = extract(FrozenPrefix(cut_model(tapped.model, 3)), data.parts).features[0][:]
+    groups, weights = data.groups, data.weights
+    probe = fit_probe(
+        wide[None],
+        data.labels,
+        weights,
+        groups,
+        data.rows,
+        data.held,
+        4,
+        solver="blocks",
+        options={"num_last": tapped.widths[-1]},
+    )
+    expected = np.exp(log_softmax(probe.head(data.all_rows).logits(wide)))
+    ours = outcome.model.predict(np.concatenate(data.parts).astype("float32"), verbose=0)
+    np.testing.assert_allclose(ours, expected, atol=2e-3)
+    judged = np.exp(log_softmax(probe.head(data.rows).logits(wide[data.held])))  # not trained on these
+    np.testing.assert_allclose(outcome.held_probabilities, judged, atol=2e-3)
+    gains = probe_on(data, trained, data.rows, data.held)[1].held_log_losses - probe.held_log_losses
+    assert found["gain"] == pytest.approx(gains.mean(), abs=1e-3)
+    assert found["standard_error"] == pytest.approx(gains.std(ddof=1) / len(gains) ** 0.5, rel=0.02)
+
+
+def test_several_blocks_are_read_where_held_out_images_surely_gain(data):
+    _, outcome = run(data, PROBE, features="auto")
+    found = outcome.selection["features"]
+    assert found["used"] == ("multi" if found["gain"] > found["standard_error"] else "last")
+    assert found["gain"] == pytest.approx(found["log_loss_last"] - found["log_loss_multi"], abs=1e-3)
+
+
+def test_fine_tuning_has_to_win_against_the_probe_on_several_blocks(data):
+    model, outcome = run(data, PROBE, IDLE, features="multi")
+    assert outcome.chosen == "probe" and outcome.model is not model
+    model, outcome = run(data, PROBE, STRONG, features="multi")
+    assert outcome.chosen != "probe" and outcome.model is model
+
+
+@pytest.mark.parametrize(
+    ("stages", "plan", "why"),
+    [
+        ((STRONG,), {}, "has no probe"),
+        ((dataclasses.replace(PROBE, solver="ridge"),), {}, "solver is 'ridge'"),
+        ((PROBE, dataclasses.replace(STRONG, batch_norm="adapt")), {}, "'adapt' changes"),
+    ],
+)
+def test_several_blocks_that_cannot_be_read_are_refused_where_asked_for(data, stages, plan, why):
+    with pytest.raises(InputError, match=why):
+        run(data, *stages, features="multi", **plan)
+
+
 def test_fine_tuning_that_does_not_surely_win_leaves_the_probe_bit_for_bit(data):
     model = norm_model(4)
     before = values(model)
@@ -136,7 +209,12 @@ def tuned(small_digits):
     watch = keras.callbacks.LambdaCallback(on_epoch_begin=lambda epoch, logs: epochs.append(epoch))
     stage = dataclasses.replace(STRONG, learning_rates=(2e-3, 1e-2))
     model, outcome = run(
-        data, PROBE, stage, model=model, callbacks=[watch], on_model=lambda stage: told.append((stage, values(model)))
+        data,
+        PROBE,
+        stage,
+        model=model,
+        callbacks=[watch],
+        on_model=lambda stage, model: told.append((stage, values(model))),
     )
     return data, model, outcome, told, epochs
 
@@ -288,6 +366,37 @@ def check_without_refit(model, data, outcome, may_pool):
     assert accuracy(outcome.held_probabilities, data.labels[outcome.held]) == pytest.approx(found["probe"])
 
 
+def test_a_refit_that_the_user_ends_is_kept(data):
+    class EndsRefit(keras.callbacks.Callback):
+        def on_epoch_end(self, epoch, logs=None):
+            self.model.stop_training = "val_loss" not in logs
+
+    _, outcome = run(data, PROBE, STRONG, callbacks=[EndsRefit()])
+    assert sum(entry["stage"] == "tune (refit)" for entry in outcome.history) == 1
+    assert outcome.selection["refit"] == "train and validation part" and not outcome.out_of_time
+
+
+@pytest.mark.parametrize("probes", [(), (PROBE,)])
+def test_a_rate_that_breaks_everything_is_told_and_changes_nothing(data, probes):
+    class Breaks(keras.callbacks.Callback):
+        def on_train_batch_begin(self, batch, logs=None):
+            self.model.set_weights([value * 1e30 for value in self.model.get_weights()])
+
+    stage = dataclasses.replace(STRONG, batch_norm="train", epochs=1)
+    model = norm_model(4)
+    start = model.get_weights()
+    try:
+        model, outcome = run(data, *probes, stage, model=model, callbacks=[Breaks()])
+    except CheckError as error:  # without a probe the model is fitted again, which then says what happened
+        assert not probes and "was not a number" in str(error)
+    else:
+        assert outcome.selection["tune"]["rates"] == {"0.01": None} and outcome.chosen == "probe"
+        json.dumps(outcome.selection, allow_nan=False)
+    for before, after in zip(start[:-2], model.get_weights()[:-2], strict=True):
+        np.testing.assert_array_equal(before, after)
+    assert all(np.isfinite(value).all() for value in model.get_weights()[-2:])
+
+
 @pytest.mark.parametrize("may_pool", [False, pytest.param(True, marks=pytest.mark.slow)])
 def test_where_time_does_not_allow_to_fit_again_what_is_told_is_what_is_kept(small_digits, may_pool):
     data = training_data(small_digits, 160, 120, may_pool=may_pool)
@@ -300,7 +409,9 @@ def test_where_time_does_not_allow_to_fit_again_what_is_told_is_what_is_kept(sma
 
 def test_ctrl_c_while_fine_tuning_keeps_the_probe(data):
     told = []
-    model, outcome = run(data, PROBE, STRONG, callbacks=[raising_at(3)], on_model=told.append)
+    model, outcome = run(
+        data, PROBE, STRONG, callbacks=[raising_at(3)], on_model=lambda stage, model: told.append(stage)
+    )
     assert outcome.interrupted
     _, probe = probe_on(data, model, data.rows, data.held)
     check_model_is(model, data, outcome, probe.head(data.all_rows))
@@ -319,7 +430,9 @@ def test_ctrl_c_while_fitting_again_keeps_what_held_out_images_had_chosen(small_
             raise KeyboardInterrupt
 
     watch = keras.callbacks.LambdaCallback(on_epoch_end=stop)
-    model, outcome = run(data, PROBE, STRONG, callbacks=[watch], progress=progress, on_model=told.append)
+    model, outcome = run(
+        data, PROBE, STRONG, callbacks=[watch], progress=progress, on_model=lambda stage, model: told.append(stage)
+    )
     assert outcome.interrupted and progress.began
     assert told == (["probe"] if may_pool else ["probe", "fine_tune"])
     check_without_refit(model, data, outcome, may_pool)
@@ -365,6 +478,43 @@ def test_adapted_statistics_get_a_probe_of_their_own(data):
     assert outcome.audit["bit_identical"] is True and outcome.audit["batch_norm"] == "adapt"
 
 
+@pytest.mark.parametrize("other", ["frozen", "affine"])
+def test_statistics_are_adapted_in_the_blocks_of_the_stages_that_ask_for_it(data, other):
+    """Once, before the probe; the other stages begin with them, and their own blocks are left as they were."""
+    first = dataclasses.replace(IDLE, name="more", freeze_depth=0, batch_norm=other)
+    second = dataclasses.replace(IDLE, name="top", batch_norm="adapt")
+    model, expected = norm_model(4), norm_model(4)
+    before = values(model)
+    model, outcome = run(data, PROBE, first, second, model=model)
+    assert outcome.audit["bit_identical"] is True and outcome.chosen == "probe"
+    statistics = {f"{name}_bn/moving_{part}" for name in "bc" for part in ("mean", "variance")}
+    assert moved(before, model) == statistics | {"logits/kernel", "logits/bias"}
+    freeze(expected, 1, batch_norm="adapt")
+    adapt_batch_norm(expected, np.concatenate(data.parts)[data.rows].astype("float32"))
+    for path in sorted(statistics):
+        np.testing.assert_allclose(values(model)[path], values(expected)[path], atol=1e-3, err_msg=path)
+    _, probe = probe_on(data, expected, data.rows, data.held)
+    check_model_is(model, data, outcome, probe.head(data.all_rows))
+
+
+@pytest.mark.parametrize(
+    ("stage", "recipe"),
+    [
+        (dataclasses.replace(IDLE, regularizer="l2_sp", freeze_depth="all"), {}),
+        (dataclasses.replace(IDLE, regularizer="lwf", freeze_depth=3), {}),
+        (dataclasses.replace(IDLE, regularizer="l2_sp", freeze_depth="all"), {"by_table": True}),
+    ],
+)
+def test_a_regularizer_of_the_head_alone_is_refused_before_anything_is_computed(data, monkeypatch, stage, recipe):
+    def never(*arguments, **options):
+        pytest.fail("something was computed")
+
+    monkeypatch.setattr(stages_module, "Engines", never)
+    plan = Plan("small", Recipe("own", (PROBE, stage), **recipe), image_size=SIZE_PX)
+    with pytest.raises(InputError, match=r"'tune' trains the head alone, so regularizer .* would do nothing"):
+        run_stages(norm_model(4), plan, (PROBE, stage), data, auto_depth=1)
+
+
 @pytest.mark.slow
 def test_stages_follow_each_other_at_depths_and_states_of_their_own(data):
     first = dataclasses.replace(STRONG, name="top", freeze_depth=2, batch_norm="affine", epochs=2)
@@ -379,14 +529,15 @@ def test_stages_follow_each_other_at_depths_and_states_of_their_own(data):
     assert outcome.audit["freeze_depth"] == 1
 
 
-def test_a_skip_over_the_boundary_costs_speed_and_not_correctness(data):
+def test_a_skip_over_the_boundary_is_cut_where_two_tensors_cross(data):
     model = around(skip_backbone(), 4)
     before = values(model)
     stage = dataclasses.replace(STRONG, freeze_depth=2, epochs=3)
     model, outcome = run(data, PROBE, stage, model=model)
-    assert outcome.cache["activation_shape"] == [SIZE_PX, SIZE_PX, 4]  # cut behind the first block
+    assert outcome.cache["activation_shapes"] == [[SIZE_PX, SIZE_PX, 4]] * 2  # block_1's goes round block_2
     assert (outcome.audit["freeze_depth"], outcome.audit["frozen_blocks"]) == (2, ["block_1", "block_2"])
-    assert not {path for path in moved(before, model) if path.startswith(("first", "second"))}
+    assert not {path for path in moved(before, model) if path.startswith(("block_1", "block_2"))}
+    assert {path for path in moved(before, model) if path.startswith("block_3")}
 
 
 def test_without_a_probe_fine_tuning_is_all_there_is(data):
@@ -459,7 +610,11 @@ def test_a_stage_with_everything_trains_and_freezes_what_it_says(data):
         ("average", 1.0, r"average must lie in \[0, 1\), not 1.0"),
         ("mixup", -0.1, r"mixup and cutmix must not be negative"),
         ("cutmix", -0.1, r"mixup and cutmix must not be negative"),
-        ("clip_norm", 0.0, r"clip_norm must be above 0"),
+        ("clip_norm", -0.1, r"clip_norm must be at least 0"),
+        ("schedule", "linear", r"schedule must be one of cosine, slanted, steps, not 'linear'"),
+        ("decay_at", (0.6, 0.3), r"decay_at must be rising shares"),
+        ("parameters", "bias", r"parameters must be one of all, affine, not 'bias'"),
+        ("steps", -1, r"must not be negative"),
         ("micro_batches", 0, r"micro_batches must be at least 1"),
     ],
 )
@@ -480,3 +635,74 @@ def test_stages_that_share_a_name_are_not_taken_for_each_other_in_the_journal(da
     assert ends[0][1] == ends[1][1]
     for one, other in zip(ends[0][0], ends[1][0], strict=True):
         np.testing.assert_array_equal(one, other)
+
+
+# -- recipes -------------------------------------------------------------------------------
+
+
+def test_the_affine_stage_proves_that_kernels_and_statistics_stay(data):
+    model = norm_model(4)
+    before = values(model)
+    stage = dataclasses.replace(STRONG, freeze_depth=0, parameters="affine", batch_norm="affine")
+    model, outcome = run(data, PROBE, stage, model=model)
+    assert outcome.chosen != "probe"
+    affine = {f"{name}_bn/{part}" for name in "abc" for part in ("gamma", "beta")}
+    assert moved(before, model) == affine | {"logits/kernel", "logits/bias"}
+    assert outcome.audit["bit_identical"] is True and outcome.audit["num_variables"] == 3 * 3
+    assert outcome.audit["freeze_depth"] == 0 and outcome.cache["activation_shapes"] == [[SIZE_PX, SIZE_PX, 3]]
+
+
+def test_stages_that_unfreeze_downwards_go_on_from_each_other(data):
+    model = norm_model(4)
+    before = values(model)
+    stages = [dataclasses.replace(STRONG, name=f"from {depth}", freeze_depth=depth, epochs=3) for depth in (2, 1, 0)]
+    model, outcome = run(data, PROBE, *stages, model=model)
+    assert outcome.chosen != "probe" and {"a_conv/kernel", "b_conv/kernel", "c_conv/kernel"} <= moved(before, model)
+    told = [entry["stage"] for entry in outcome.history]
+    assert list(dict.fromkeys(told)) == ["from 2", "from 1", "from 0", "from 0 (refit)"]
+    first, last = (next(e for e in outcome.history if e["stage"] == f"from {depth}") for depth in (2, 0))
+    assert last["loss"] < first["loss"]  # begins where the others ended
+
+
+def test_steps_and_rates_are_for_a_batch_of_reference(data):
+    stage = dataclasses.replace(
+        STRONG, solver="sgd", steps=10, reference_batch_size=64, learning_rates=(0.02,), schedule="steps", patience=0
+    )
+    _, outcome = run(data, PROBE, stage)
+    # 160 images in batches of 32: five steps an epoch; ten of 64 images are twenty of 32.
+    assert outcome.selection["tune"]["epochs"] == 4
+    assert {entry["learning_rate"] for entry in outcome.history if entry["stage"] == "tune"} == {0.01}
+
+
+def test_bit_takes_its_length_from_the_number_of_images(data):
+    recipe = get_recipe("bit")
+    short = dataclasses.replace(recipe.stages[1], reference_batch_size=0, batch_norm="frozen")
+    plan = Plan("small", dataclasses.replace(recipe, stages=(PROBE, short)), augment="none", batch_size=160,
+                features="last", image_size=SIZE_PX)  # fmt: skip
+    outcome = run_stages(norm_model(4), plan, plan.recipe.stages, data, auto_depth=1, clock=Clock(0.001))
+    assert outcome.chosen == "probe"  # out of time, as the clock says
+    loop = stages_module._Loop(norm_model(4), plan, plan.recipe.stages, data, 1, Clock(), Progress(), ())
+    assert (loop.tuned[0].steps, loop.tuned[0].decay_at) == (500, (0.4, 0.6, 0.8))
+    assert loop.outcome.selection["by_size"] == {"bit": {"images": 160, "steps": 500, "mixup": 0.0}}
+
+
+@pytest.mark.parametrize("source", [norm_model, lambda classes: around(skip_backbone(), classes)])
+def test_stages_that_freeze_more_train_from_deeper_cuts_to_the_same_weights(data, source, monkeypatch):
+    stages = [
+        dataclasses.replace(
+            STRONG, name=f"from {depth}", freeze_depth=depth, epochs=2, average=0.5, batch_norm="affine"
+        )
+        for depth in (3, 2, 1, 2)
+    ]
+    deep, outcome = run(data, *stages, model=source(4), augment="mirror")
+    found = outcome.cache["deeper"]
+    # The last stage freezes two blocks, but the second one has moved before it: it is cut behind the first.
+    assert {name: facts["blocks"] for name, facts in found.items()} == {"from 3": 3, "from 2": 2}
+    monkeypatch.setattr(trainers_module, "go_deeper", lambda *args: None)
+    plain, expected = run(data, *stages, model=source(4), augment="mirror")
+    assert "deeper" not in expected.cache and expected.chosen == outcome.chosen != "probe"
+    for path, value in values(plain).items():
+        np.testing.assert_allclose(values(deep)[path], value, atol=2e-3, err_msg=path)
+    np.testing.assert_allclose(
+        [entry["loss"] for entry in outcome.history], [entry["loss"] for entry in expected.history], rtol=1e-3
+    )

@@ -1,14 +1,10 @@
-import subprocess
-import sys
-from pathlib import Path
-
 import keras
 import numpy as np
 import pytest
 
 from tfxfer.train.batches import Batch
 from tfxfer.train.state import callback_states, set_callback_states
-from tfxfer.train.step import TrainingStep
+from tfxfer.train.step import TrainingStep, shares_of
 
 RANDOM = np.random.default_rng(0)
 X = RANDOM.normal(size=(10, 6)).astype("float32")
@@ -69,6 +65,40 @@ def test_micro_batches_give_the_gradient_of_the_whole_batch(count):
         np.testing.assert_allclose(a, b, atol=1e-5)
 
 
+@pytest.mark.parametrize("size", [1, 5, 6])
+def test_convolutions_get_no_empty_part_of_a_batch(size):
+    """They refuse one; in steps of two, the fourth part of five images would be empty."""
+
+    def made(**options):
+        keras.utils.set_random_seed(0)
+        layers = [keras.layers.Conv2D(3, 2, kernel_regularizer="l2"), keras.layers.Flatten(), keras.layers.Dense(3)]
+        net = keras.Sequential([keras.Input((3, 3, 1)), *layers])
+        return net, TrainingStep(net, keras.optimizers.SGD(0.5), **options)
+
+    random = np.random.default_rng(size)
+    images = random.normal(size=(size, 3, 3, 1)).astype("float32")
+    few = Batch(np.arange(size), images, np.eye(3, dtype="float32")[random.integers(3, size=size)], W[:size])
+    (whole, one), (parted, other) = made(), made(micro_batches=4)
+    np.testing.assert_allclose(other(few).sums, one(few).sums, rtol=1e-5)
+    for a, b in zip(parted.get_weights(), whole.get_weights(), strict=True):
+        np.testing.assert_allclose(a, b, atol=1e-6)
+
+
+@pytest.mark.parametrize("count", [1, 3])
+def test_two_tensors_that_cross_are_as_one_that_is_parted_inside(count):
+    whole = network()
+    first, second = keras.Input((2,)), keras.Input((4,))
+    keras.utils.set_random_seed(0)
+    parted = keras.Model((first, second), whole(keras.layers.Concatenate()([first, second])))
+    step = TrainingStep(parted, keras.optimizers.SGD(0.5), micro_batches=count)
+    found = step(Batch(np.arange(10), (X[:, :2], X[:, 2:]), Y, W))
+    expected_net = network()
+    expected = TrainingStep(expected_net, keras.optimizers.SGD(0.5), micro_batches=count)(batch())
+    np.testing.assert_allclose(found.sums, expected.sums, rtol=1e-5)
+    for a, b in zip(whole.get_weights(), expected_net.get_weights(), strict=True):
+        np.testing.assert_allclose(a, b, atol=1e-6)
+
+
 @pytest.mark.parametrize("what", ["activations", "weights"])
 @pytest.mark.parametrize("value", [np.nan, np.inf])
 def test_numbers_that_are_none_change_nothing(what, value):
@@ -88,42 +118,16 @@ def test_numbers_that_are_none_change_nothing(what, value):
     assert step(batch()).finite
 
 
-MIRRORED = """
-import sys
-import numpy as np
-import tensorflow as tf
-tf.config.set_logical_device_configuration(
-    tf.config.list_physical_devices("CPU")[0], [tf.config.LogicalDeviceConfiguration()] * 2)
-sys.path.insert(0, sys.argv[1])
-import keras
-from test_step import batch, network
-from tfxfer.train.step import TrainingStep
-strategy = tf.distribute.MirroredStrategy(["CPU:0", "CPU:1"])
-with strategy.scope():
-    two = network("l2")
-one = network("l2")
-with strategy.scope():
-    many = TrainingStep(two, keras.optimizers.AdamW(0.05), smoothing=0.1, strategy=strategy)
-single = TrainingStep(one, keras.optimizers.AdamW(0.05), smoothing=0.1)
-for rows in [slice(None), slice(3, 10), slice(0, 1)] * 3:
-    found, expected = many(batch(rows)), single(batch(rows))
-    np.testing.assert_allclose(found.sums, expected.sums, rtol=1e-4)
-for a, b in zip(two.get_weights(), one.get_weights()):
-    np.testing.assert_allclose(a, b, atol=2e-5)
-broken = batch()
-broken.activations[0] = np.nan
-before = two.get_weights()
-assert many.num_replicas == 2 and not many(broken).finite
-assert all(np.isfinite(value).all() for value in two.get_weights())
-print("equal")
-"""
-
-
-def test_two_devices_step_as_one_whatever_the_size_of_the_batch():
-    done = subprocess.run(
-        [sys.executable, "-c", MIRRORED, str(Path(__file__).parent)], capture_output=True, text=True, timeout=180
-    )
-    assert done.stdout.strip() == "equal", done.stderr[-2000:]
+def test_a_batch_is_shared_so_that_each_image_counts_once():
+    for size, count in ((10, 3), (2, 3), (1, 4), (6, 2)):
+        shares = shares_of(batch(slice(0, size)), count)
+        assert len(shares) == count and min(len(share.weights) for share in shares) >= 1
+        weights = np.concatenate([share.weights for share in shares])
+        seen = np.concatenate([share.activations for share in shares])
+        assert len(seen) == max(size, count)
+        np.testing.assert_array_equal(weights[weights > 0], W[:size])
+        np.testing.assert_array_equal(seen[weights > 0], X[:size])
+        np.testing.assert_array_equal(np.concatenate([share.targets for share in shares])[weights > 0], Y[:size])
 
 
 def test_what_callbacks_remember_goes_with_the_checkpoint():

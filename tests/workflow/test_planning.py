@@ -1,5 +1,6 @@
 import dataclasses
 
+import numpy as np
 import pytest
 import tomli_w
 
@@ -55,6 +56,12 @@ def test_values_of_stages_go_to_the_fine_tuning_stages_only():
     assert make_plan(freeze_depth=0).recipe.stages[1].freeze_depth == 0  # zero is a value
 
 
+def test_the_solver_of_the_probe_goes_to_the_first_stage_only():
+    plan = make_plan(probe="ridge", epochs=4)
+    assert [(stage.solver, stage.epochs) for stage in plan.recipe.stages] == [("ridge", 0), ("adamw", 4)]
+    assert make_plan(method="probe", probe="prototype").recipe.stages[0].solver == "prototype"
+
+
 def test_stage_values_change_the_recipe_of_a_file_too(tmp_path):
     path = written(tmp_path, tomli_w.dumps(make_plan(epochs=3).to_dict()))
     plan = make_plan(path, learning_rate=0.5)
@@ -76,6 +83,7 @@ def test_a_recipe_of_one_s_own_is_used_as_it_is():
         ({"recipe": "atuo"}, r"Unknown recipe 'atuo'\. Did you mean 'auto'"),
         ({"recipe": "probe", "epochs": 3}, r"Recipe 'probe' has no fine-tuning stage, so epochs would do nothing"),
         ({"recipe": Recipe("own", (Stage("a"),)), "epochs": 3}, r"epochs given beside a recipe of your own, 'own'"),
+        ({"probe": "lasso"}, r"probe must be one of convex, ridge, prototype, not 'lasso'"),
         ({"epochs": 0}, r"epochs must be at least 1, not 0"),
         ({"learning_rate": -1.0}, r"learning rates must lie between 0 and 10"),
         ({"batch_norm": "free"}, r"batch_norm must be one of frozen, affine, adapt, train, not 'free'"),
@@ -121,3 +129,33 @@ def test_a_missing_file_is_named(tmp_path):
 def test_a_plan_cannot_be_changed_by_accident():
     with pytest.raises(dataclasses.FrozenInstanceError):
         make_plan().seed = 3
+
+
+def test_a_recipe_file_is_read_and_written_out(tmp_path):
+    path = tmp_path / "mine.toml"
+    path.write_text('[[stages]]\nname = "only"\nepochs = 2\nmixup = 0.2\n', encoding="utf-8")
+    plan = make_plan(source="digits_cnn", recipe=str(path), epochs=5)
+    assert plan.recipe.name == "mine" and plan.recipe.stages == (Stage("only", epochs=5, mixup=0.2, min_steps=False),)
+    assert make_plan(written(tmp_path, tomli_w.dumps(plan.to_dict()))) == plan  # the file is no longer needed
+
+
+def test_one_freeze_depth_would_undo_gradual_unfreezing():
+    with pytest.raises(InputError, match="'gradual' says for each of its stages what is frozen"):
+        make_plan(recipe="gradual", freeze_depth=3)
+    assert make_plan(recipe="gradual", epochs=3).recipe.stages[2].epochs == 3
+
+
+@pytest.mark.parametrize(("side", "expected"), [(40, 128), (120, 384)])
+def test_bit_takes_its_resolution_from_the_images(side, expected):
+    data = (np.zeros((6, side, side, 3), np.uint8), np.arange(6) % 2)
+    assert make_plan(recipe="bit", data=data).image_size == expected
+    assert make_plan(recipe="bit", data=data, image_size=64).image_size == 64
+    assert make_plan(recipe="full", data=data).image_size == make_plan().image_size
+
+
+def test_a_learning_rate_may_be_found():
+    assert make_plan(learning_rate="find").recipe.stages[1].find_rate is True
+    given = make_plan(learning_rate="0.002").recipe.stages[1]
+    assert (given.find_rate, given.learning_rates) == (False, (0.002,))
+    with pytest.raises(InputError, match="must be a number or 'find', not 'fnd'"):
+        make_plan(learning_rate="fnd")

@@ -5,6 +5,7 @@ import keras
 import numpy as np
 import pytest
 from PIL import Image
+from small_networks import spoil
 
 from tfxfer import fit
 from tfxfer.errors import CheckError, InputError
@@ -61,7 +62,7 @@ def test_a_run_that_broke_goes_on_to_the_same_weights(digits_folder, tmp_path, w
     assert all(np.array_equal(a, b) for a, b in zip(weights(run), weights(whole), strict=True))
     assert run.history == whole.history and run.metrics == whole.metrics
     told = run.info["resumed"]
-    assert told[0] == "probe, 1 views" and any("epoch" in name and "batch" in name for name in told), told
+    assert "probe, 1 views" in told and any("epoch" in name and "batch" in name for name in told), told
     assert not (out / "checkpoints").exists() and not (out / ".lock").exists()
 
 
@@ -114,7 +115,7 @@ def test_a_source_that_gives_nan_for_a_picture_names_it_and_keeps_the_probe(digi
     tune = stages.Tuner.tune
 
     def spoilt(self):
-        self.extracted.activations[0, int(self.splits[0][0][0])] = np.nan
+        spoil(self.extracted, int(self.splits[0][0][0]))
         tune(self)
 
     monkeypatch.setattr(stages.Tuner, "tune", spoilt)

@@ -13,7 +13,7 @@ from tfxfer.errors import InputError
 from tfxfer.runtime.files import sha256_of_file
 from tfxfer.specs import Plan, read_toml
 from tfxfer.workflow.planning import make_plan
-from tfxfer.workflow.run import Run, as_run, load_run, new_run_folder, write_history
+from tfxfer.workflow.run import Run, as_run, begun_config, load_run, new_run_folder, write_history
 
 
 def test_run_json_says_everything(trained):
@@ -158,3 +158,9 @@ def test_a_folder_given_must_be_new_or_empty(tmp_path, run_copy):
     for path in (tmp_path / "empty", tmp_path / "empty" / "note.txt", tmp_path / "empty" / "note.txt" / "below"):
         with pytest.raises(InputError, match=r"give another --out"):
             new_run_folder(path, "x")
+
+
+def test_the_plan_of_a_run_that_was_begun_is_its_config(trained, tmp_path):
+    assert begun_config(trained.path) == trained.path / "config.toml"
+    with pytest.raises(InputError, match=r"is no run that was begun: it has no config.toml; drop --resume"):
+        begun_config(tmp_path)

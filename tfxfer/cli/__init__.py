@@ -8,7 +8,7 @@ import typer
 
 from tfxfer import __version__
 from tfxfer.cli import demo, evaluate, export, predict, sources, train, verify
-from tfxfer.errors import Interrupted, TfxferError
+from tfxfer.errors import Interrupted, Terminated, TfxferError
 
 
 def _told(run):
@@ -57,6 +57,6 @@ def main() -> None:
     """Run the command line; errors of ours become one sentence and their exit status."""
     try:
         app()
-    except TfxferError as error:
+    except (TfxferError, Terminated) as error:
         print(f"tfxfer: {error}", file=sys.stderr)
         sys.exit(error.exit_status)

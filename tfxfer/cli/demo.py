@@ -30,4 +30,4 @@ def run(
     folder = new_run_folder(out, "digits")
     data = write_digits(data_out or folder.with_name(folder.name + "-data"), per_class=per_class, seed=seed)
     stderr.print(f"The digits are in {data}; the same run by hand: tfxfer train {data} --source {source}")
-    run_training(data, None, options, out=folder, as_json=json)
+    run_training(data, None, options, out=folder, split=None, as_json=json)

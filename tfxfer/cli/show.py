@@ -129,10 +129,16 @@ def print_run(info: dict[str, Any], folder: Any) -> None:
         if data[key]:
             table.add_row(name, f"{len(data[key])}, listed in run.json")
     table.add_row("source", f"{info['source']['name']} ({info['source']['licence']})")
+    for name, text in describe_continued(info.get("continued")):
+        table.add_row(name, text)
+    if "auto" in info["selection"]:
+        table.add_row("recipe", info["selection"]["auto"]["rule"])
     table.add_row("chosen", info["chosen"].replace("_", "-"))
     audit = info["freeze_audit"]
     frozen = f"{audit['freeze_depth']} of {audit['num_blocks']} blocks, bit-identical after training"
     table.add_row("frozen", frozen if audit["freeze_depth"] else "nothing")
+    for name, text in describe_time_limit(info):
+        table.add_row(name, text)
     for part, scores in metrics.items():
         folds = " in folds" if scores.get("judged_on", "").startswith("folds") else ""
         table.add_row(f"{part} accuracy{folds}", interval(scores["accuracy"]))
@@ -157,6 +163,8 @@ def print_freezing(found: dict[str, Any]) -> None:
     """What `--dry-run` shows: a row a layer with weights, for each stage."""
     if "load_report" in found:
         stdout.print(found["load_report"]["text"], markup=False)
+    for name, text in describe_continued(found.get("continued")):
+        stdout.print(f"{name}: {text}", markup=False)
     for stage in found["stages"]:
         stdout.print(
             f"stage {stage['name']}: freeze {stage['freeze_depth']}, batch_norm {stage['batch_norm']}; "
@@ -177,15 +185,68 @@ def print_freezing(found: dict[str, Any]) -> None:
         )
 
 
-def _counted(count: int, what: str) -> str:
-    return f"{count} {what}{'s' * (count != 1)}"
+def _counted(count: int, what: str, plural: str = "s") -> str:
+    return f"{count} {what}{plural * (count != 1)}"
+
+
+def describe_continued(continued: dict[str, Any] | None) -> list[tuple[str, str]]:
+    """What goes on of an earlier run, and how its model compares: (what, in words) a line."""
+    if not continued:
+        return []
+    classes, images = continued["classes"], dict(continued["images"])
+    absent = images.pop("no_longer_in_the_data", 0)
+    counts = [images] if "old" in images else list(images.values())
+    old, new = (sum(count[kind] for count in counts) for kind in ("old", "new"))
+    lines = [
+        f"{continued['run']}: {_counted(len(classes['kept']), 'class', 'es')} kept"
+        + "".join(f", {kind} {', '.join(classes[kind])}" for kind in ("new", "dropped") if classes[kind])
+        + f"; {_counted(old, 'image')} of it, {new} new"
+        + (f", {absent} no longer in the data" if absent else "")
+        if classes["kept"]
+        else f"no class of {continued['run']} is in the data: only its backbone goes on"
+    ]
+    found = [("continued", lines[0])]
+    if "all" in continued:
+        found.append(("old or new", f"{continued['verdict']}: {continued['reason']}; {_against(continued['all'])}"))
+        if classes["new"]:
+            found.append(("classes both know", _against(continued["known"])))
+        if continued["losses"]:
+            lost = [
+                f"{row['name']} {row['old']:.2f} to {row['new']:.2f} ({row['low']:+.2f} to {row['high']:+.2f})"
+                for row in continued["losses"]
+            ]
+            found.append(("recall fell", "; ".join(lost)))
+    return found
+
+
+def _against(compared: dict[str, Any]) -> str:
+    return (
+        f"{compared['metric'].replace('_', ' ')} {compared['new']:.3f} against {compared['old']:.3f}, difference "
+        f"{compared['difference']:+.3f} ({compared['low']:+.3f} to {compared['high']:+.3f}) on "
+        f"{_counted(compared['num_images'], 'image')}"
+    )
+
+
+def describe_time_limit(info: dict[str, Any]) -> list[tuple[str, str]]:
+    """What a time limit changed: (what, in words) a line; none where there was none."""
+    if "time_limit" not in info:
+        return []
+    limit = info["time_limit"]
+    plans = [f"; {plan['stage']}: {plan['does']}" for plan in info["selection"].get("time_plan", ())]
+    over = ""
+    if -limit["left"] > 0.1 * limit["seconds"]:
+        over = f", passed by {-limit['left']:.0f} s: a probe, its score and its exports are never left out"
+    lines = [("time limit", f"{limit['seconds']:g} s{over}{''.join(plans)}")]
+    if limit["left_out"]:
+        lines.append(("left out", "; ".join(f"{what} ({why})" for what, why in limit["left_out"].items())))
+    return lines
 
 
 def describe_baseline(baseline: dict[str, Any]) -> str:
     """The verdict in one line."""
     if "best" not in baseline:
         return "not compared (--no-baseline)"
-    proven = "" if baseline.get("proven", True) else "; not proven: the baseline had not converged"
+    proven = "" if baseline.get("proven", True) else f"; {baseline['note']}"
     best = baseline["scores"][baseline["best"]]
     return (
         f"{baseline['verdict']}: {baseline['metric']} {baseline['model']:.3f} against {best:.3f} of the best baseline, "

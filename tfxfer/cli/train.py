@@ -1,5 +1,7 @@
 """`tfxfer train DATA`."""
 
+import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -7,9 +9,13 @@ import typer
 
 from tfxfer.cli.show import Live, print_freezing, print_json, print_run, quiet_libraries
 from tfxfer.errors import InputError
+from tfxfer.runtime.cluster import cluster_for
+from tfxfer.runtime.process import end_after_sigterm
 
 NAME = "train"
 HELP = "Fine-tune a pretrained source on labelled images; score, export, verify and judge the result."
+
+END_SECONDS = 9.0
 
 Option = typer.Option
 
@@ -20,7 +26,10 @@ def run(
     ],
     source: Annotated[
         str | None,
-        Option(help="Name of the pretrained source (see `tfxfer sources`), or hub:PATH, keras:NAME, FILE.h5 ..."),
+        Option(
+            help="Name of the pretrained source (see `tfxfer sources`), or hub:PATH, keras:NAME, FILE.h5 ...; run:OLD "
+            "goes on with an earlier run."
+        ),
     ] = None,
     weights: Annotated[Path | None, Option(help="File with the source's weights, where they are not its own.")] = None,
     input_range: Annotated[
@@ -32,8 +41,23 @@ def run(
     trust_custom_objects: Annotated[
         list[str] | None, Option(help="Module of your own code that custom objects in a model file may come from.")
     ] = None,
-    recipe: Annotated[str | None, Option(help="auto, probe or full.")] = None,
+    drop_class: Annotated[
+        list[str] | None, Option(help="Class of the run that --source run:OLD continues that is to go.")
+    ] = None,
+    recipe: Annotated[
+        str | None, Option(help="auto, probe, full, gradual, affine or bit; or FILE.toml with stages of your own.")
+    ] = None,
     method: Annotated[str | None, Option(help="fine_tune, or probe (frozen features only).")] = None,
+    probe: Annotated[
+        str | None, Option(help="The head on frozen features: convex (logistic regression), ridge, or prototype.")
+    ] = None,
+    features: Annotated[
+        str | None,
+        Option(help="What that head reads: last (block), multi (several blocks, pooled) or auto (measured)."),
+    ] = None,
+    precision: Annotated[
+        str | None, Option(help="What fine-tuning computes in: auto (measured), float32, bfloat16 or (GPU) float16.")
+    ] = None,
     freeze: Annotated[
         str | None,
         Option(help="Frozen: leading blocks by number, share (0.7), name or all; or re:PATTERN, any layers."),
@@ -41,9 +65,15 @@ def run(
     image_size: Annotated[int | None, Option(help="Side in pixels that images are resized to.")] = None,
     epochs: Annotated[int | None, Option(help="Epochs of fine-tuning.")] = None,
     batch_size: Annotated[int | None, Option(help="Images a step.")] = None,
-    lr: Annotated[float | None, Option(help="Peak learning rate; by default the best of three, measured.")] = None,
+    lr: Annotated[
+        str | None,
+        Option(help="Peak learning rate, or find (a range test); by default the best of three, measured."),
+    ] = None,
     batch_norm: Annotated[str | None, Option(help="frozen, affine, adapt or train.")] = None,
-    augment: Annotated[str | None, Option(help="auto, mirror or none.")] = None,
+    augment: Annotated[str | None, Option(help="auto, mirror, rand (RandAugment) or none.")] = None,
+    views: Annotated[
+        int | None, Option(help="With --augment rand: views of each image computed once, the plain one counted.")
+    ] = None,
     dropout: Annotated[float | None, Option(help="Rate before the head.")] = None,
     seed: Annotated[int | None, Option(help="Of split, shuffle and dropout.")] = None,
     val_fraction: Annotated[
@@ -56,7 +86,7 @@ def run(
     metric: Annotated[str | None, Option(help="accuracy, macro_f1 or balanced_accuracy: what is selected for.")] = None,
     split: Annotated[Path | None, Option(help="A split.csv of an earlier run to reuse.")] = None,
     time_limit: Annotated[
-        str | None, Option(help="Seconds, or 5m or 1h: stops between epochs and finishes properly.")
+        str | None, Option(help="Seconds, or 5m or 1h, for the whole command: training is planned to fit.")
     ] = None,
     baseline: Annotated[str | None, Option(help="quick or scratch.")] = None,
     no_baseline: Annotated[bool, Option("--no-baseline", help="Skip the comparison with baselines.")] = False,
@@ -71,33 +101,37 @@ def run(
     checkpoint_every: Annotated[
         str | None, Option(help="Seconds, or 5m: what a kill may cost; 30 s by default.")
     ] = None,
+    strategy: Annotated[
+        str, Option(help="auto, none, mirrored (all GPUs) or multi_worker (the machines of TF_CONFIG).")
+    ] = "auto",
     json: Annotated[bool, Option("--json", help="Print run.json on stdout instead of a table.")] = False,
 ) -> None:
     quiet_libraries()
     if no_baseline and baseline:
         raise InputError("--baseline and --no-baseline were given both; drop one.")
     options: dict[str, Any] = {
-        "source": source, "recipe": recipe, "method": method, "freeze_depth": freeze, "image_size": image_size,
-        "epochs": epochs, "batch_size": batch_size, "learning_rate": lr, "batch_norm": batch_norm, "augment": augment,
-        "dropout": dropout, "seed": seed, "val_fraction": val_fraction, "group_by": group_by,
-        "near_duplicates": near_duplicates, "metric": metric,
-        "time_limit_seconds": parse_seconds(time_limit), "baseline": "none" if no_baseline else baseline,
-        "num_seeds": seeds, "weights": None if weights is None else str(weights), "input_range": input_range,
-        "partial": partial or None, "trust": tuple(trust_custom_objects) if trust_custom_objects else None,
+        "source": source, "recipe": recipe, "method": method, "probe": probe, "features": features, "precision":
+        precision, "freeze_depth": freeze, "image_size": image_size, "epochs": epochs, "batch_size": batch_size,
+        "learning_rate": lr, "batch_norm": batch_norm, "augment": augment, "views": views,
+        "dropout": dropout, "seed": seed, "val_fraction": val_fraction,
+        "group_by": group_by, "near_duplicates": near_duplicates, "metric": metric,
+        "time_limit_seconds": parse_seconds(time_limit),
+        "baseline": "none" if no_baseline else baseline, "num_seeds": seeds, "weights": None if weights is None else
+        str(weights), "input_range": input_range, "partial": partial or None, "trust": tuple(trust_custom_objects) if
+        trust_custom_objects else None,
+        "drop_class": tuple(drop_class) if drop_class else None,
     }  # fmt: skip
     if dry_run:
         from tfxfer.workflow.inspecting import dry_run as look
         from tfxfer.workflow.planning import make_plan
 
-        found = look(data, make_plan(config, **options))
+        found = look(data, make_plan(config, data=data, **options))
         print_json(found) if json else print_freezing(found)
         return
-    more: dict[str, Any] = {"resume": resume}
+    more: dict[str, Any] = {"resume": resume, "split": split}
     if checkpoint_every:
         more["checkpoint_seconds"] = parse_seconds(checkpoint_every)
-    if resume and config is None and out is not None:
-        config = begun_config(out)
-    run_training(data, config, options, out=out, split=split, print_config=print_config, as_json=json, **more)
+    run_training(data, config, options, out=out, print_config=print_config, as_json=json, strategy=strategy, **more)
 
 
 def run_training(
@@ -106,25 +140,21 @@ def run_training(
     options: dict[str, Any],
     *,
     out,
-    split=None,
     print_config=False,
     as_json=False,
+    strategy: str = "none",
     **more: Any,
 ) -> dict[str, Any]:
     """Train and show the result; a negative verdict ends with exit status 1."""
-    from tfxfer.workflow.planning import make_plan
+    cluster = None if print_config else cluster_for(strategy)
 
-    plan = make_plan(config, **options)
-    if print_config:
-        import tomli_w
+    def here(devices: Any = strategy) -> Any:
+        return _trained(data, config, options, out, print_config, strategy=devices, **more)
 
-        print(tomli_w.dumps(plan.to_dict()), end="")
-        raise typer.Exit(0)
-    with Live() as progress:
-        from tfxfer.workflow.start import train_early
-
-        run = train_early(data, plan, out=out, split=split, progress=progress, **more)
-    if as_json:
+    run = here() if cluster is None else _together(strategy, here)
+    if cluster is not None and not cluster.is_chief:
+        print(f"tfxfer: done; worker 0 at {cluster.addresses[0]} wrote {run.path}.", file=sys.stderr)
+    elif as_json:
         print_json(run.info)
     else:
         print_run(run.info, run.path)
@@ -133,12 +163,32 @@ def run_training(
     return run.info
 
 
-def begun_config(out: Path) -> Path:
-    """The plan of a run that is to be gone on with."""
-    config = out / "config.toml"
-    if not config.is_file():
-        raise InputError(f"{out} is no run that was begun: it has no config.toml; drop --resume to train anew.")
-    return config
+def _together(strategy: str, work: Callable[[Any], Any]) -> Any:
+    from tfxfer.workflow.start import decide_always_alike
+    from tfxfer.workflow.together import together
+
+    decide_always_alike()
+    return together(strategy, work)
+
+
+def _trained(data: Path, config: Path | None, options: dict[str, Any], out, print_config: bool, **more: Any) -> Any:
+    from tfxfer.workflow.planning import make_plan
+
+    if more.get("resume") and config is None and out is not None:
+        from tfxfer.workflow.run import begun_config
+
+        config = begun_config(out)
+    plan = make_plan(config, data=data, **options)
+    if print_config:
+        import tomli_w
+
+        print(tomli_w.dumps(plan.to_dict()), end="")
+        raise typer.Exit(0)
+    told = "tfxfer: Told to end by SIGTERM; go on with --resume from what was saved before."
+    with end_after_sigterm(END_SECONDS, told), Live() as progress:
+        from tfxfer.workflow.start import train_early
+
+        return train_early(data, plan, out=out, progress=progress, **more)
 
 
 def parse_seconds(text: str | None) -> float | None:

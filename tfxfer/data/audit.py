@@ -13,7 +13,6 @@ from tfxfer.runtime.files import sha256_of_bytes
 from tfxfer.runtime.images import (
     ImageError,
     Progress,
-    allocate_pixels,
     image_of_array,
     map_threads,
     open_rgb,
@@ -22,6 +21,7 @@ from tfxfer.runtime.images import (
     small_look,
     to_rgb,
 )
+from tfxfer.runtime.store import RowStore
 
 _PATTERN_SIZE_PX = 160
 
@@ -36,7 +36,8 @@ class Audit:
         looks: (N, 32, 32, 3) uint8: each image small, to compare with others; `None` where not asked for.
         patterns: (N, 60, 2) points and (N, 60, 96) descriptions of `local_patterns`; `None` where not asked for.
         sides_px: (N,) shorter side of each image; of a large JPEG a fraction of it, never below 128.
-        pixels: (N, S, S, 3) uint8, where a size was asked for.
+        pixels: Where a size was asked for, a store with a row for every image, those refused too.
+        rows: (N,) the row of each image in it.
         rejected: (id, reason) of the rest.
     """
 
@@ -45,7 +46,8 @@ class Audit:
     looks: np.ndarray | None
     patterns: tuple[np.ndarray, np.ndarray] | None
     sides_px: np.ndarray
-    pixels: np.ndarray | None
+    pixels: RowStore | None
+    rows: np.ndarray
     rejected: tuple[tuple[str, str], ...]
 
 
@@ -68,7 +70,7 @@ def audit(
     small = np.empty((len(items), 32, 32, 3), np.uint8) if looks else None
     local: list[tuple[np.ndarray, np.ndarray] | None] = [None] * len(items)
     sides_px = np.zeros(len(items), np.int64)
-    pixels = None if size_px is None else allocate_pixels(len(items), size_px)
+    pixels = None if size_px is None else RowStore.temporary((len(items), size_px, size_px, 3), "uint8")
 
     def take(row: int) -> tuple[str, str]:
         try:
@@ -83,7 +85,7 @@ def audit(
 
             local[row] = local_patterns(image)
         if pixels is not None and size_px is not None:
-            pixels[row] = np.asarray(resize_square(image, size_px))
+            pixels.write(row, np.asarray(resize_square(image, size_px))[None])
         return sha256, ""
 
     results = []
@@ -95,10 +97,11 @@ def audit(
     return Audit(
         items=tuple(items[row] for row in kept),
         sha256=tuple(results[row][0] for row in kept),
-        looks=None if small is None else rows_of(small, kept),
+        looks=None if small is None else small[kept],
         patterns=_stacked([local[row] for row in kept]) if patterns else None,
         sides_px=sides_px[kept],
-        pixels=None if pixels is None else rows_of(pixels, kept),
+        pixels=pixels,
+        rows=np.array(kept, np.int64),
         rejected=tuple((item.id, reason) for item, (sha256, reason) in zip(items, results, strict=True) if not sha256),
     )
 
@@ -129,21 +132,3 @@ def open_content(content: Content) -> tuple[str, Image.Image]:
     digest = hashlib.sha256(f"{array.shape} {array.dtype}\0".encode())
     digest.update(np.ascontiguousarray(array).data)
     return digest.hexdigest(), to_rgb(content) if isinstance(content, Image.Image) else image_of_array(content)
-
-
-def rows_of(array: np.ndarray, rows: Sequence[int]) -> np.ndarray:
-    """The rows in the given order, brought together in place at the front; a view, so nothing is held twice.
-
-    Example:
-        >>> rows_of(np.array([10, 11, 12, 13]), [3, 1, 0]).tolist()
-        [13, 11, 10]
-    """
-    place = np.arange(len(array))  # place[slot]: the original row that lies in this slot now
-    slot_of = np.arange(len(array))
-    for slot, row in enumerate(rows):
-        source = slot_of[row]
-        if source != slot:
-            array[[slot, source]] = array[[source, slot]]
-            place[[slot, source]] = place[[source, slot]]
-            slot_of[place[slot]], slot_of[place[source]] = slot, source
-    return array[: len(rows)]

@@ -4,17 +4,17 @@ import dataclasses
 import functools
 import hashlib
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from tfxfer.data.audit import open_content
 from tfxfer.data.items import PARTS, Content
+from tfxfer.data.pixels import PixelRows
 from tfxfer.data.split_file import write_split
 from tfxfer.errors import InputError, did_you_mean
-from tfxfer.runtime.images import Progress, allocate_pixels, map_threads, resize_square
+from tfxfer.runtime.images import Progress, allocate_pixels
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -73,7 +73,7 @@ class Dataset:
     near_duplicates: tuple[tuple[str, ...], ...] = ()
     split: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     image_size: int | None = None
-    _pixels: dict[tuple[str, int], np.ndarray] = dataclasses.field(default_factory=dict, repr=False)
+    _pixels: dict[tuple[str, int], PixelRows] = dataclasses.field(default_factory=dict, repr=False)
 
     @property
     def num_classes(self) -> int:
@@ -99,24 +99,54 @@ class Dataset:
         return self.parts[name]
 
     def pixels(self, part: str, size_px: int, on_progress: Progress | None = None) -> np.ndarray:
-        """All images of a part, decoded and resized; held for the next call at the same size.
+        """All images of a part, decoded and resized, in memory; `pixel_rows` reads them as they are needed.
 
         Args:
             part: "train", "val" or "test".
             size_px: Side in pixels.
-            on_progress: Called with (done, total) while files are decoded.
+            on_progress: Called with (done, total).
 
         Returns:
-            (N, size_px, size_px, 3) uint8 in the order of the part; not to be written to.
+            (N, size_px, size_px, 3) uint8 in the order of the part; a file on disk, mapped, when above 2 GB.
 
         Raises:
             ImageError: Where a file changed since the audit and cannot be decoded any more.
         """
+        rows = self.pixel_rows(part, size_px)
+        pixels = allocate_pixels(len(rows), size_px)
+        for start in range(0, len(rows), 64):
+            pixels[start : start + 64] = rows[start : start + 64]
+            if on_progress is not None:
+                on_progress(min(start + 64, len(rows)), len(rows))
+        return pixels
+
+    def pixel_rows(self, part: str, size_px: int) -> PixelRows:
+        """The images of a part in a temporary file, decoded and resized when they are first read; at most once.
+
+        Args:
+            part: "train", "val" or "test".
+            size_px: Side in pixels.
+
+        Returns:
+            What an int, a slice or an array of ints picks (n, size_px, size_px, 3) uint8 arrays from.
+        """
         if (part, size_px) not in self._pixels:
-            pixels = _decode(self.part(part).contents, size_px, on_progress)
-            pixels.flags.writeable = False
-            self._pixels[part, size_px] = pixels
+            found = self.part(part)
+            self._pixels[part, size_px] = PixelRows.of_contents(found.contents, found.sha256, size_px)
         return self._pixels[part, size_px]
+
+    def with_classes(self, class_names: Sequence[str]) -> "Dataset":
+        """The same images with the classes in another order.
+
+        Args:
+            class_names: The classes, each once, in label order.
+        """
+        number = np.array([class_names.index(name) for name in self.class_names])
+        parts = {
+            name: dataclasses.replace(part, labels=number[part.labels].astype(np.int64))
+            for name, part in self.parts.items()
+        }
+        return dataclasses.replace(self, class_names=tuple(class_names), parts=parts)
 
     def counts(self) -> dict[str, dict[str, int]]:
         """Images by part and class."""
@@ -183,7 +213,7 @@ class Dataset:
 
         chosen = self.part(part)
         size_px = image_size or self.image_size or 224
-        pixels = self.pixels(part, size_px)
+        pixels = self.pixel_rows(part, size_px)
         rows = tf.data.Dataset.range(len(chosen))
         if shuffle:
             rows = rows.shuffle(len(chosen), seed=seed, reshuffle_each_iteration=True)
@@ -199,18 +229,6 @@ class Dataset:
             return found if weights is None else (*found, tf.gather(weights, index))
 
         return rows.batch(batch_size).map(batch, num_parallel_calls=2).prefetch(2)
-
-
-def _decode(contents: tuple[Content, ...], size_px: int, on_progress: Progress | None) -> np.ndarray:
-    pixels = allocate_pixels(len(contents), size_px)
-
-    def take(row: int) -> None:
-        pixels[row] = np.asarray(resize_square(open_content(contents[row])[1], size_px))
-
-    for done, _ in enumerate(map_threads(take, range(len(contents))), start=1):
-        if on_progress is not None:
-            on_progress(done, len(contents))
-    return pixels
 
 
 def parts_in_order(parts: Mapping[str, Part]) -> dict[str, Part]:

@@ -1,5 +1,6 @@
 """From anything that holds labelled images to a Dataset: read, audit, group, split, check."""
 
+import contextlib
 from collections import Counter, defaultdict
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -7,13 +8,17 @@ from typing import Any
 
 import numpy as np
 
-from tfxfer.data.audit import Audit, audit, rows_of
+from tfxfer.data.audit import Audit, audit, open_content
 from tfxfer.data.dataset import Dataset, Part, parts_in_order
 from tfxfer.data.duplicates import linked_groups, near_duplicate_pairs
 from tfxfer.data.items import PARTS, Item, Reading, joined, part_named, with_groups
+from tfxfer.data.pixels import PixelRows
 from tfxfer.data.split import check_fractions, split_items
+from tfxfer.data.split_file import EarlierSplit
 from tfxfer.errors import InputError
-from tfxfer.runtime.images import Progress
+from tfxfer.runtime.files import sha256_of_bytes
+from tfxfer.runtime.images import ImageError, Progress, read_bytes
+from tfxfer.runtime.store import RowStore
 
 
 def load_data(
@@ -23,7 +28,7 @@ def load_data(
     val_fraction: float = 0.2,
     test_fraction: float = 0.2,
     group_by: str | None = None,
-    split: str | Path | None = None,
+    split: str | Path | EarlierSplit | None = None,
     image_size: int | None = None,
     near_duplicates: bool | str = True,
     class_names: Sequence[str] | None = None,
@@ -41,8 +46,8 @@ def load_data(
         test_fraction: Share split off for the test where the data brings none, in [0, 1).
         group_by: Regular expression searched in the relative paths; what it captures names a group, and groups
             never cross parts.
-        split: A split.csv of an earlier run: images in it keep their part.
-        image_size: Side in pixels of the images to keep in memory from the one decoding pass.
+        split: A split.csv of an earlier run, or what was read of some: images in it keep their part.
+        image_size: Side in pixels of the images to keep, in a temporary file, from the one decoding pass.
         near_duplicates: Whether near-duplicates are found and kept together; "turned" finds turned, mirrored and
             shifted copies of a class too, which takes some 10 seconds for 900 images.
         class_names: The classes in label order, where it is not to be the order of names; for arrays the names of
@@ -68,6 +73,7 @@ def load_data(
     _check_classes(reading, items, quarantined)
     keys, groups, alike = _groups(items, sha256, _pairs(checked, kept))
     parts, how = split_items(items, keys, sha256, seed, fractions, split)
+    file = str(split.path if isinstance(split, EarlierSplit) else split or "")
     order = sorted(range(len(items)), key=lambda row: PARTS.index(parts[row]))  # stable: keeps the reader's order
     dataset = Dataset(
         name=reading.name,
@@ -77,11 +83,11 @@ def load_data(
         leaks=leaks,
         conflicts=_conflicts(items, sha256),
         near_duplicates=alike,
-        split={**how, "seed": seed, "group_by": group_by or "", "file": str(split or "")},
+        split={**how, "seed": seed, "group_by": group_by or "", "file": file},
         image_size=image_size,
     )
     if checked.pixels is not None and image_size is not None:
-        _hand_over(dataset, rows_of(checked.pixels, [kept[row] for row in order]), image_size)
+        _hand_over(dataset, checked.pixels, checked.rows[[kept[row] for row in order]], image_size)
     _check_parts(dataset)
     return dataset
 
@@ -129,7 +135,7 @@ def load_test_data(
         image_size=image_size,
     )
     if checked.pixels is not None and image_size is not None:
-        _hand_over(dataset, checked.pixels, image_size)
+        _hand_over(dataset, checked.pixels, checked.rows, image_size)
     return dataset
 
 
@@ -145,6 +151,21 @@ def look_over(data: Any) -> tuple[str, ...]:
     reading = _read(data, None, True)
     _check_classes(reading, reading.items, reading.rejected)
     return reading.class_names
+
+
+def read_items(data: Any) -> tuple[Item, ...]:
+    """The images of a data set as its reader finds them, none of them decoded."""
+    return tuple(_read(data, None, True).items)
+
+
+def content_digests(data: Any) -> tuple[str, ...]:
+    """The SHA-256 of each image that can be read, as a split.csv has it; files are read and not decoded."""
+    found = []
+    for item in _read(data, None, True).items:
+        with contextlib.suppress(ImageError):
+            path = item.content
+            found.append(sha256_of_bytes(read_bytes(path)) if isinstance(path, Path) else open_content(path)[0])
+    return tuple(found)
 
 
 def _read(data: Any, class_names: Sequence[str] | None, near_duplicates: bool | str) -> Reading:
@@ -308,10 +329,9 @@ def _parts(
     return parts_in_order(made)
 
 
-def _hand_over(dataset: Dataset, pixels: np.ndarray, size_px: int) -> None:
+def _hand_over(dataset: Dataset, pixels: RowStore, rows: np.ndarray, size_px: int) -> None:
     """Give each part its stretch of the pixels that the audit decoded."""
-    pixels.flags.writeable = False
     start = 0
     for name, part in dataset.parts.items():
-        dataset._pixels[name, size_px] = pixels[start : start + len(part)]
+        dataset._pixels[name, size_px] = PixelRows(pixels, rows[start : start + len(part)], part.sha256)
         start += len(part)

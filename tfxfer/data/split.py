@@ -31,7 +31,7 @@ def split_items(
     sha256: Sequence[str],
     seed: int,
     fractions: Mapping[str, float],
-    file: str | Path | None = None,
+    file: str | Path | EarlierSplit | None = None,
 ) -> tuple[list[str], dict[str, Any]]:
     """Keep the parts that the data gives and split off those that it lacks.
 
@@ -44,7 +44,7 @@ def split_items(
         sha256: Of the content of each.
         seed: Of the split.
         fractions: Share of the parts "val" and "test", where the data lacks them.
-        file: An earlier split.csv, whose decisions stay.
+        file: An earlier split.csv, or some, whose decisions stay.
 
     Returns:
         The part of each item, and how it came about: `how` in words, `fractions` of the parts split off.
@@ -160,9 +160,11 @@ def _repair(
             if key in movable and all(groups[parts[key], other] > 1 for other in set(labels[key]))
         ]
         if not spare:
+            kept = sum(key not in movable for key in by_class[name])
+            held = f", and {kept} of them keep the part that the earlier split gave them" if kept else ""
             raise InputError(
                 f"Class {name!r} has {len(by_class[name])} images or groups that are independent of each other, too "
-                f"few to be in {_listed(wanted)}; add images, or bring a part for test or validation of your own."
+                f"few to be in {_listed(wanted)}{held}; add images, or bring a part for test or validation of your own."
             )
         from_train = [key for key in spare if parts[key] == "train"] or spare
         key = max(from_train, key=movable.__getitem__) if part == "train" else min(from_train, key=movable.__getitem__)
@@ -190,14 +192,22 @@ def _check_named_groups(items: Sequence[Item]) -> None:
 
 
 def _earlier(
-    items: Sequence[Item], sha256: Sequence[str], file: str | Path, free: str | None, needed: Mapping[str, float]
+    items: Sequence[Item],
+    sha256: Sequence[str],
+    file: str | Path | EarlierSplit,
+    free: str | None,
+    needed: Mapping[str, float],
 ) -> list[str | None]:
-    earlier = EarlierSplit(file)
-    found = [earlier.part_of(item.id, digest) for item, digest in zip(items, sha256, strict=True)]
-    if not any(found):
-        raise InputError(f"None of the {len(items)} images is in {file}; it belongs to other data.")
-    for item, part in zip(items, found, strict=True):
+    earlier = file if isinstance(file, EarlierSplit) else EarlierSplit(file)
+    found = [earlier.part_of(item.id, digest, item.group) for item, digest in zip(items, sha256, strict=True)]
+    if not any(found) and not earlier.continued:
+        raise InputError(f"None of the {len(items)} images is in {earlier.path}; it belongs to other data.")
+    for row, (item, part) in enumerate(zip(items, found, strict=True)):
         allowed = {"train", *needed} if item.part == free else {item.part}
-        if part and part not in allowed:
-            raise InputError(f"{file} puts {item.id} in {part}, but the data has it in {item.part or 'another part'}.")
+        if earlier.continued and part in ("train", "val") and item.part in ("train", "val"):
+            found[row] = part if part in allowed else None  # seen in training is seen in training
+        elif part and part not in allowed:
+            raise InputError(
+                f"{earlier.path} puts {item.id} in {part}, but the data has it in {item.part or 'another part'}."
+            )
     return found

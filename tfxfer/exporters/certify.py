@@ -23,6 +23,7 @@ from tfxfer.exporters.serving import servable
 from tfxfer.exporters.verify import TOLERANCE, CertificateError, compare, failure_sentence
 from tfxfer.registry import lookup
 from tfxfer.runtime.files import atomic_folder, sha256_of_file, write_json
+from tfxfer.runtime.store import Rows
 from tfxfer.specs import Certificate
 
 
@@ -36,7 +37,7 @@ def certify(
     samples: np.ndarray,
     labels: np.ndarray,
     other_size_samples: Sequence[np.ndarray] = (),
-    test_images: np.ndarray | None = None,
+    test_images: Rows | None = None,
     test_labels: np.ndarray | None = None,
     test_probabilities: np.ndarray | None = None,
     tolerance: float = TOLERANCE,
@@ -90,7 +91,7 @@ def certify(
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class _TestPart:
-    images: np.ndarray
+    images: Rows
     labels: np.ndarray
     probabilities: np.ndarray | None
 
@@ -237,7 +238,7 @@ def _predict(model: keras.Model, samples: Samples, test: _TestPart | None) -> Ex
     return Expected(images, others, decoded, tested if test is not None else None)
 
 
-def _in_batches(images: np.ndarray) -> list[np.ndarray]:
+def _in_batches(images: Rows) -> list[np.ndarray]:
     return [images[start : start + TEST_BATCH] for start in range(0, len(images), TEST_BATCH)]
 
 

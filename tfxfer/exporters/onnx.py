@@ -4,16 +4,15 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import keras
-import numpy as np
 import onnx
 import tensorflow as tf
 import tf2onnx
 
 from tfxfer import __version__
-from tfxfer.exporters.serving import channels_of, facts, probabilities_of, quiet, servable
+from tfxfer.exporters.serving import channels_of, facts, probabilities_of, servable
+from tfxfer.features.convert import OP_HANDLERS, OPSET, quiet_converters
 
 ARTIFACT = Path("model.onnx")
-OPSET = 18  # the highest that tf2onnx writes
 
 
 def export_onnx(model: keras.Model, folder: Path, *, class_names: Sequence[str], metadata: Mapping[str, str]) -> Path:
@@ -41,10 +40,10 @@ def export_onnx(model: keras.Model, folder: Path, *, class_names: Sequence[str],
 
     channels = channels_of(served)
     signature = [tf.TensorSpec((None, None, None, channels), tf.uint8, name="images")]
-    with quiet():
+    with quiet_converters():
         function = tf.function(serve, autograph=False, input_signature=signature)
         proto, _ = tf2onnx.convert.from_function(
-            function, input_signature=signature, opset=OPSET, custom_op_handlers={"Erfc": (_erfc, [])}
+            function, input_signature=signature, opset=OPSET, custom_op_handlers=OP_HANDLERS
         )
     _name_shapes(proto.graph, len(class_names), channels)
     _add_classes(proto.graph, class_names)
@@ -54,14 +53,6 @@ def export_onnx(model: keras.Model, folder: Path, *, class_names: Sequence[str],
     target.parent.mkdir(parents=True, exist_ok=True)
     onnx.save_model(proto, str(target))
     return ARTIFACT
-
-
-def _erfc(context, node, name, arguments) -> None:
-    """1 - Erf: exact GELU computes with Erfc, which tf2onnx does not know."""
-    node.type = "Erf"
-    one = context.make_const(f"{name}_one", np.array(1, np.float32)).output[0]
-    difference = context.insert_new_node_on_output("Sub", node.output[0], name=f"{name}_sub")
-    context.replace_inputs(difference, [one, node.output[0]])
 
 
 def _name_shapes(graph: onnx.GraphProto, num_classes: int, channels: int) -> None:

@@ -12,6 +12,7 @@ from PIL import Image
 
 from tfxfer.errors import CheckError, InputError
 from tfxfer.runtime.files import atomic_path
+from tfxfer.runtime.store import Rows, RowStore
 
 TEST_BATCH = 32
 
@@ -62,7 +63,7 @@ class Samples:
     def decoded(self) -> tuple[np.ndarray, ...]:
         return tuple(np.asarray(Image.open(io.BytesIO(content)).convert("RGB")) for content in self.encoded)
 
-    def write_inputs(self, folder: Path, test_images: np.ndarray | None = None) -> tuple[Task, ...]:
+    def write_inputs(self, folder: Path, test_images: Rows | None = None) -> tuple[Task, ...]:
         """Put all arrays into `folder` for another process; returns the ways to feed them."""
         count = len(self.images)
         np.save(folder / "images.npy", self.images)
@@ -80,7 +81,11 @@ class Samples:
         for size in sorted({1, len(files)} - {0}) if files else ():
             tasks.append(Task(f"bytes_{size}", "bytes", files, len(files), size, (len(files) - 1,)))
         if test_images is not None:
-            np.save(folder / "test.npy", test_images)
+            store = RowStore.create(folder / "test.npy", test_images.shape, "uint8")
+            for start in range(0, len(test_images), TEST_BATCH):
+                store.write(start, test_images[start : start + TEST_BATCH])
+            store.flush()
+            store.close()
             tasks.append(Task("test", "images", ("test.npy",), len(test_images), TEST_BATCH))
         return tuple(tasks)
 

@@ -7,7 +7,8 @@ from pathlib import Path
 import keras
 import tensorflow as tf
 
-from tfxfer.exporters.serving import channels_of, facts, probabilities_of, quiet, servable
+from tfxfer.exporters.serving import channels_of, facts, probabilities_of, servable
+from tfxfer.features.convert import quiet_converters
 from tfxfer.model.preprocess import AdaptImage
 
 ARTIFACT = Path("saved_model/1")  # TensorFlow Serving wants a folder of numbered versions
@@ -43,7 +44,7 @@ def export_saved_model(
     # Tables inside a loaded program (TF Hub), which are no weights.
     module.resources = [part for layer in served._flatten_layers() for part in getattr(layer, "resources", ())]
     target = Path(folder) / ARTIFACT
-    with quiet():
+    with quiet_converters():
         signatures = _signatures(served, size_px, class_names, json.dumps(about, ensure_ascii=False))
         tf.saved_model.save(module, str(target), signatures=signatures)
     (target / METADATA_FILE).parent.mkdir()

@@ -1,9 +1,7 @@
 """What every export format shares: the model as it is served, and the facts about it that travel with the artifact."""
 
-import contextlib
 import json
-import logging
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 
 import keras
 import tensorflow as tf
@@ -71,17 +69,3 @@ def facts(size_px: int, class_names: Sequence[str], metadata: Mapping[str, str],
         "exif_orientation": "not honoured: turn the pixels upright before sending them",
         "tfxfer_version": __version__,
     }
-
-
-@contextlib.contextmanager
-def quiet() -> Iterator[None]:
-    """Hold back the converters' chatter (deprecations inside TensorFlow, "Assets written"), not errors."""
-    loggers = [logging.getLogger(name) for name in ("tensorflow", "absl", "tf2onnx")]
-    levels = [logger.level for logger in loggers]
-    for logger in loggers:
-        logger.setLevel(logging.ERROR)
-    try:
-        yield
-    finally:
-        for logger, level in zip(loggers, levels, strict=True):
-            logger.setLevel(level)

@@ -1,6 +1,8 @@
 """Convex heads on frozen features: a regularised multinomial logistic regression solved to its optimum."""
 
+import copy
 import dataclasses
+from collections.abc import Sequence
 
 import numpy as np
 import scipy.linalg
@@ -8,7 +10,12 @@ import scipy.optimize
 import scipy.special
 import threadpoolctl
 
-STRENGTHS = (3.0, 1.0, 0.3, 0.1, 0.03, 0.01, 0.003, 0.001, 3e-4, 1e-4, 3e-5, 1e-5)
+from tfxfer.features.rows import room_for, row_blocks
+from tfxfer.features.standardise import Standardised, add_gram, scale_of
+
+STRENGTHS = (30.0, 10.0, 3.0, 1.0, 0.3, 0.1, 0.03, 0.01, 0.003, 0.001, 3e-4, 1e-4, 3e-5, 1e-5)
+# Blocks of coordinates held in memory while a problem is solved; more are read from their file in each step.
+KEPT_BLOCKS = 4
 
 
 @dataclasses.dataclass(frozen=True)
@@ -30,12 +37,33 @@ class LinearHead:
     def logits(self, features: np.ndarray) -> np.ndarray:
         return features @ self.kernel + self.bias
 
+    def logits_of(self, features, rows) -> np.ndarray:
+        """(n, K) of some rows of features, which may lie on disk."""
+        blocks = row_blocks(len(rows), features.shape[1])
+        found = [self.logits(features[rows[block]]) for block in blocks]
+        return np.concatenate(found) if found else np.zeros((0, len(self.bias)), np.float32)
 
-def moving_features(features: np.ndarray) -> np.ndarray:
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Anchor:
+    """A head from before, towards which a new one is drawn instead of towards zero.
+
+    Attributes:
+        kernel: (D, K) float32, on the plain features.
+        bias: (K,) float32.
+        known: (K,) bool, the classes that it was trained on; the columns of the others are only a start.
+    """
+
+    kernel: np.ndarray
+    bias: np.ndarray
+    known: np.ndarray
+
+
+def moving_features(features) -> np.ndarray:
     """Which features move by more than float32 rounds them; the others would only amplify noise at serving time.
 
     Args:
-        features: (N, D) float.
+        features: (N, D) float, perhaps on disk.
 
     Returns:
         (D,) bool.
@@ -44,11 +72,10 @@ def moving_features(features: np.ndarray) -> np.ndarray:
         >>> moving_features(np.array([[1.0, 5.0, 1e-3], [2.0, 5.000001, 2e-3]])).tolist()
         [True, False, True]
     """
-    spread, level = features.std(0), np.abs(features).max(0)
-    return (spread > 1e-6 * max(float(spread.max()), 1e-30)) & (spread > 1e-5 * level)
+    return scale_of(features)[1] > 0
 
 
-class LogisticPath:
+class LogisticPath(Standardised):
     """Logistic regressions of many strengths on the same features, standardised and rotated once.
 
     Minimises `mean_i w_i * cross_entropy_i + strength / 2 * ||kernel||^2` in standardised features (the bias is
@@ -56,11 +83,15 @@ class LogisticPath:
     features, found once for all folds and strengths: with fewer images than features that makes it smaller, and
     along them the curvature is nearly diagonal, so that L-BFGS scaled by it needs a few dozen steps, not hundreds.
 
+    With an anchor the penalty is `strength / 2 * sum_k stiffness_k * ||kernel_k - anchor_k||^2`, so that strong
+    regularisation leads back to the head from before; where the stiffness is infinite the column stays as it is.
+
     Args:
-        features: (N, D) float.
+        features: (N, D) float, perhaps on disk; read in blocks.
         labels: (N,) int in 0..num_classes-1.
         num_classes: K.
         weights: (N,) non-negative, mean one; None for equal ones.
+        anchor: The head from before.
 
     Example:
         >>> rng = np.random.default_rng(0)
@@ -71,25 +102,44 @@ class LogisticPath:
         1.0
     """
 
-    def __init__(self, features, labels, num_classes: int, weights=None):
-        features = np.asarray(features, np.float32)
-        self.labels = np.asarray(labels)
-        self.num_classes = num_classes
-        self.weights = np.ones(len(features)) if weights is None else np.asarray(weights, np.float64)
-        self.mean = features.mean(0)
-        moves = moving_features(features)
-        self.scale = np.where(moves, 1.0 / np.maximum(features.std(0), 1e-30), 0.0).astype(np.float32)
-        standard = (features - self.mean) * self.scale
-        if len(standard) < standard.shape[1]:
+    def __init__(self, features, labels, num_classes: int, weights=None, anchor: Anchor | None = None):
+        super().__init__(features, labels, num_classes, weights)
+        self.anchor, self.stiffness = anchor, np.ones(num_classes)
+        num, width = features.shape
+        rows = np.arange(num)
+        if num < width:
+            standard = self.rows(rows)
             values, vectors = scipy.linalg.eigh(standard @ standard.T, overwrite_a=True, driver="evd")
             keep = values > 1e-6 * max(float(values[-1]), 1e-30)
             self.rotation = standard.T @ (vectors[:, keep] / np.sqrt(values[keep]))
         else:
-            values, self.rotation = scipy.linalg.eigh(standard.T @ standard, overwrite_a=True, driver="evd")
+            gram = np.zeros((width, width), np.float32)
+            for _, x in self.blocks(rows):
+                add_gram(gram, x)
+            values, self.rotation = scipy.linalg.eigh(gram.T, overwrite_a=True, driver="evd")
             keep = values > 1e-6 * max(float(values[-1]), 1e-30)
             self.rotation = self.rotation[:, keep]
-        self.variances = (values[keep] / len(standard)).astype(np.float64)
-        self.coordinates = (standard @ self.rotation).astype(np.float32)
+        self.variances = (values[keep] / num).astype(np.float64)
+        self.coordinates = room_for((num, self.rotation.shape[1]))
+        self.offsets = None if anchor is None else np.empty((num, num_classes), np.float32)
+        for block, x in self.blocks(rows):
+            self.coordinates.write(block.start, x @ self.rotation)
+            if anchor is not None and self.offsets is not None:
+                self.offsets[block] = np.asarray(features[rows[block]]) @ anchor.kernel + anchor.bias
+
+    def stiffened(self, ratio: float) -> "LogisticPath":
+        """The same problem, with the columns of known classes held so many times as hard as those of the others.
+
+        Args:
+            ratio: Above 0, infinity for columns that stay; 0 forgets the anchor, for a head drawn towards zero.
+        """
+        assert self.anchor is not None
+        path = copy.copy(self)
+        if not ratio:
+            path.anchor = path.offsets = None
+            return path
+        path.stiffness = np.where(self.anchor.known, ratio, 1.0)
+        return path
 
     def solve(self, strength: float, *, rows=None, start=None, tolerance: float = 1e-6) -> LinearHead:
         """The optimum at one strength, as a Dense head on the plain features."""
@@ -97,31 +147,47 @@ class LogisticPath:
 
     def optimum(self, strength: float, *, rows=None, start=None, tolerance: float = 1e-6, max_steps: int = 300):
         """(R + 1, K) weights in rotated coordinates, bias in the last row; `rows` selects the images used."""
-        x = self.coordinates if rows is None else self.coordinates[rows]
-        labels = self.labels if rows is None else self.labels[rows]
-        weights = self.weights if rows is None else self.weights[rows]
-        weights = (weights / weights.sum()).astype(np.float32)
-        shape = (x.shape[1] + 1, self.num_classes)
-        target = np.arange(len(x)), labels
+        rows = np.arange(len(self.labels)) if rows is None else np.asarray(rows)
+        labels = self.labels[rows]
+        weights = (self.weights[rows] / self.weights[rows].sum()).astype(np.float32)
+        width = self.coordinates.shape[1]
+        shape = (width + 1, self.num_classes)
         gradient = np.empty(shape, np.float32)
+        blocks = list(row_blocks(len(rows), width))
+        # What is in memory need not be read in each step; the rest comes from the system's cache of the file.
+        kept = [self.coordinates[rows[block]] for block in blocks[:KEPT_BLOCKS]]
+        offsets = None if self.offsets is None else self.offsets[rows]
+        free = np.isfinite(self.stiffness)
+        if not free.any():
+            return np.zeros(shape)
         # The curvature of cross-entropy is p (1 - p) times the variance along an axis; 0.1 stands for p (1 - p).
-        curvature = np.append(0.1 * self.variances + strength, 0.1)
-        step = (1.0 / np.sqrt(curvature))[:, None]
+        pull = strength if self.anchor is None else strength * np.where(free, self.stiffness, 0.0)
+        curvature = np.add.outer(0.1 * self.variances, np.atleast_1d(pull))
+        step = 1.0 / np.sqrt(np.concatenate([curvature, np.full((1, curvature.shape[1]), 0.1)]))
 
         def objective(flat):
             theta = (flat.reshape(shape) * step).astype(np.float32)
-            logits = x @ theta[:-1] + theta[-1]
-            logits -= logits.max(1, keepdims=True)
-            picked = logits[target]
-            np.exp(logits, out=logits)
-            total = logits.sum(1, keepdims=True)
-            loss = float(weights @ (np.log(total[:, 0]) - picked)) + strength / 2 * float((theta[:-1] ** 2).sum())
-            logits /= total
-            logits[target] -= 1
-            logits *= weights[:, None]
-            np.matmul(x.T, logits, out=gradient[:-1])
-            gradient[:-1] += strength * theta[:-1]
-            gradient[-1] = logits.sum(0)
+            squares = (theta[:-1] ** 2).sum(axis=None if np.isscalar(pull) else 0)
+            loss = float(np.sum(pull / 2 * squares))
+            gradient[:-1], gradient[-1] = pull * theta[:-1], 0.0
+            for number, block in enumerate(blocks):
+                x = kept[number] if number < len(kept) else self.coordinates[rows[block]]
+                logits = x @ theta[:-1] + theta[-1]
+                if offsets is not None:
+                    logits += offsets[block]
+                target = np.arange(len(x)), labels[block]
+                logits -= logits.max(1, keepdims=True)
+                picked = logits[target]
+                np.exp(logits, out=logits)
+                total = logits.sum(1, keepdims=True)
+                loss += float(weights[block] @ (np.log(total[:, 0]) - picked))
+                logits /= total
+                logits[target] -= 1
+                logits *= weights[block, None]
+                gradient[:-1] += x.T @ logits
+                gradient[-1] += logits.sum(0)
+            if not free.all():
+                gradient[:, ~free] = 0
             return loss, (gradient * step).ravel()
 
         begin = np.zeros(shape) if start is None else start / step
@@ -136,18 +202,26 @@ class LogisticPath:
         """Undo rotation and standardisation: the same function as an ordinary Dense layer."""
         kernel = (self.rotation @ theta[:-1].astype(np.float32)) * self.scale[:, None]
         bias = theta[-1].astype(np.float32) - self.mean @ kernel
+        if self.anchor is not None:
+            kernel, bias = self.anchor.kernel + kernel, self.anchor.bias + bias
         return LinearHead(kernel.astype(np.float32), bias.astype(np.float32), strength, log_loss)
 
     def log_probabilities(self, theta, rows) -> np.ndarray:
-        logits = self.coordinates[rows] @ theta[:-1].astype(np.float32) + theta[-1].astype(np.float32)
-        return log_softmax(logits)
+        kernel, bias = theta[:-1].astype(np.float32), theta[-1].astype(np.float32)
+        found = []
+        for block in row_blocks(len(rows), self.coordinates.shape[1]):
+            logits = self.coordinates[rows[block]] @ kernel + bias
+            found.append(log_softmax(logits if self.offsets is None else logits + self.offsets[rows[block]]))
+        return np.concatenate(found)
 
 
-def choose_strength(path: LogisticPath, folds, strengths=STRENGTHS) -> tuple[float, np.ndarray]:
+def choose_strength(
+    path: LogisticPath | Sequence[LogisticPath], folds, strengths=STRENGTHS
+) -> tuple[float, np.ndarray]:
     """Choose the strength by log loss on held-out rows, never by accuracy, which is too coarse for few images.
 
     Args:
-        path: The problem.
+        path: The problem, or one for each fold on the same images, where they differ in their features.
         folds: Pairs (train rows, held-out rows).
         strengths: Candidates, from strong to weak; a fold stops once its loss has risen well above its best.
 
@@ -156,7 +230,8 @@ def choose_strength(path: LogisticPath, folds, strengths=STRENGTHS) -> tuple[flo
     """
     losses = np.full((len(folds), len(strengths)), np.inf)
     kept: dict[int, np.ndarray] = {}
-    for fold, (train, held) in enumerate(folds):
+    paths = [path] * len(folds) if isinstance(path, LogisticPath) else path
+    for fold, ((train, held), path) in enumerate(zip(folds, paths, strict=True)):
         theta = None
         for index, strength in enumerate(strengths):
             theta = path.optimum(strength, rows=train, start=theta, tolerance=1e-4)

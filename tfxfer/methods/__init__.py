@@ -8,10 +8,10 @@ def _fine_tune(recipe: Recipe) -> tuple[Stage, ...]:
 
 
 def _probe(recipe: Recipe) -> tuple[Stage, ...]:
-    return tuple(stage for stage in recipe.stages if stage.solver == "convex") or (Stage("probe", solver="convex"),)
+    return tuple(stage for stage in recipe.stages if stage.is_probe) or (Stage("probe", solver="convex"),)
 
 
 METHODS = {
     "fine_tune": _fine_tune,  # parameter transfer: all stages
-    "probe": _probe,  # feature transfer: the convex ones only
+    "probe": _probe,  # feature transfer: those that solve a head only
 }

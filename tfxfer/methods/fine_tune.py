@@ -12,18 +12,22 @@ NO_DECAY = ("bias", "gamma", "beta")
 
 
 def make_optimizer(stage: Stage, factors: Mapping[str, float] | None = None) -> keras.optimizers.Optimizer:
-    """AdamW with decoupled weight decay of kernels only.
+    """AdamW, or SGD with momentum 0.9, with decoupled weight decay of kernels only.
 
     Args:
-        stage: Weight decay.
-        factors: Of the learning rate, by layer, as `blockwise_factors` gives them; None: one rate for all.
+        stage: Solver and weight decay, which is none beside "l2_sp".
+        factors: Of AdamW's learning rate, by layer, as `blockwise_factors` gives them; None: one rate for all.
 
     Reference:
         Loshchilov, Hutter. Decoupled Weight Decay Regularization. ICLR 2019.
     """
+    decay = 0.0 if stage.regularizer == "l2_sp" and stage.strength else stage.weight_decay
     if factors is not None:
-        return BlockwiseAdamW(1e-3, factors=factors, no_decay=NO_DECAY, weight_decay=stage.weight_decay)
-    optimizer = keras.optimizers.AdamW(1e-3, weight_decay=stage.weight_decay)
+        return BlockwiseAdamW(1e-3, factors=factors, no_decay=NO_DECAY, weight_decay=decay)
+    if stage.solver == "sgd":
+        optimizer = keras.optimizers.SGD(1e-3, momentum=0.9, weight_decay=decay or None)
+    else:
+        optimizer = keras.optimizers.AdamW(1e-3, weight_decay=decay)
     optimizer.exclude_from_weight_decay(var_names=list(NO_DECAY))
     return optimizer
 

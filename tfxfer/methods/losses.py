@@ -90,7 +90,25 @@ def co_tuning_loss(targets, source_logits, relationship):
     source_logits = _wide(source_logits)
     targets = keras.ops.cast(targets, source_logits.dtype)
     relationship = keras.ops.cast(relationship, source_logits.dtype)
-    return _cross_entropy(keras.ops.matmul(targets, relationship), source_logits)
+    return soft_cross_entropy(keras.ops.matmul(targets, relationship), source_logits)
+
+
+def soft_cross_entropy(targets, logits):
+    """Cross-entropy with targets that are shares of the classes: `-sum_s q_s log softmax(logits)_s`.
+
+    Args:
+        targets: (N, S), q; no gradient is needed of them.
+        logits: (N, S).
+
+    Returns:
+        (N,).
+
+    Example:
+        >>> round(float(soft_cross_entropy([[0.25, 0.75]], [[0.0, 0.0]])[0]), 4)
+        0.6931
+    """
+    logits = _wide(logits)
+    return _cross_entropy(keras.ops.cast(targets, logits.dtype), logits)
 
 
 def category_relationship(source_probabilities, labels, num_classes: int) -> np.ndarray:

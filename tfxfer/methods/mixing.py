@@ -18,12 +18,12 @@ class Batch(NamedTuple):
     """What training takes.
 
     Attributes:
-        images: (N, ...) images or activations.
+        images: (N, ...) images or activations; a tuple of such where a tuple was given.
         targets: (N, K) rows that sum to one.
         weights: (N,) of the losses.
     """
 
-    images: np.ndarray
+    images: np.ndarray | tuple[np.ndarray, ...]
     targets: np.ndarray
     weights: np.ndarray
 
@@ -41,7 +41,7 @@ def mixup(images, targets, weights, random: Randomness, *, alpha: float = 0.2) -
     """Blend each image with another one of the batch, all by one share drawn from Beta(alpha, alpha).
 
     Args:
-        images: (N, ...) images, or activations at a cut (manifold mixup); any number of axes.
+        images: (N, ...) images, or activations at a cut (manifold mixup); any number of axes; or a tuple of such.
         targets: (N, K), one-hot.
         weights: (N,) loss weights.
         random: A generator, or a seed such as `(seed, step)`: the same one gives the same batch.
@@ -65,7 +65,7 @@ def mixup(images, targets, weights, random: Randomness, *, alpha: float = 0.2) -
     """
     random = np.random.default_rng(random)
     share = draw_share(random, alpha)
-    return blend(images, targets, weights, random.permutation(len(images)), share)
+    return blend(images, targets, weights, random.permutation(len(_parts_of(images)[0])), share)
 
 
 def cutmix(images, targets, weights, random: Randomness, *, alpha: float = 1.0) -> Batch:
@@ -75,7 +75,7 @@ def cutmix(images, targets, weights, random: Randomness, *, alpha: float = 1.0) 
     and labels go by the area that is left.
 
     Args:
-        images: (N, H, W, C) images or activations.
+        images: (N, H, W, C) images or activations; or a tuple of such, in which the same share of each is replaced.
         targets: (N, K), one-hot.
         weights: (N,) loss weights.
         random: A generator, or a seed such as `(seed, step)`: the same one gives the same batch.
@@ -97,11 +97,11 @@ def cutmix(images, targets, weights, random: Randomness, *, alpha: float = 1.0) 
         Yun, Han, Oh, Chun, Choe, Yoo. CutMix: Regularization Strategy to Train Strong Classifiers with Localizable
         Features. ICCV 2019.
     """
-    images = _spatial(images)
+    first = _spatial(_parts_of(images)[0])
     random = np.random.default_rng(random)
     share = draw_share(random, alpha)
-    partner = random.permutation(len(images))
-    height, width = images.shape[1:3]
+    partner = random.permutation(len(first))
+    height, width = first.shape[1:3]
     return paste(images, targets, weights, partner, box_of(height, width, share, random))
 
 
@@ -127,9 +127,10 @@ def blend(images, targets, weights, partner, share: float) -> Batch:
         >>> batch.images.tolist(), batch.targets.tolist()
         ([[2.0], [6.0]], [[0.75, 0.25], [0.25, 0.75]])
     """
-    images = np.asarray(images)
-    mixed = images.astype(np.float64 if images.dtype == np.float64 else np.float32)
-    return Batch(_mixed(mixed, partner, share), *_mixed_labels(len(images), targets, weights, partner, share))
+    parts = [np.asarray(part) for part in _parts_of(images)]
+    parts = [part.astype(np.float64 if part.dtype == np.float64 else np.float32) for part in parts]
+    mixed = _like(images, [_mixed(part, partner, share) for part in parts])
+    return Batch(mixed, *_mixed_labels(len(parts[0]), targets, weights, partner, share))
 
 
 def paste(images, targets, weights, partner, box: Box) -> Batch:
@@ -148,13 +149,17 @@ def paste(images, targets, weights, partner, box: Box) -> Batch:
         >>> batch.images[0, :, :, 0].tolist(), batch.targets[0].tolist()
         ([[2, 1], [1, 1]], [0.75, 0.25])
     """
-    images = _spatial(images)
-    top, bottom, left, right = box
-    height, width = images.shape[1:3]
-    pasted = images.copy()
-    pasted[:, top:bottom, left:right] = images[partner, top:bottom, left:right]
-    share = 1 - (bottom - top) * (right - left) / (height * width)
-    return Batch(pasted, *_mixed_labels(len(images), targets, weights, partner, share))
+    parts = [_spatial(part) for part in _parts_of(images)]
+    height, width = parts[0].shape[1:3]
+    share = 1 - (box.bottom - box.top) * (box.right - box.left) / (height * width)
+    found = []
+    for part in parts:
+        top, bottom = (round(edge * part.shape[1] / height) for edge in (box.top, box.bottom))
+        left, right = (round(edge * part.shape[2] / width) for edge in (box.left, box.right))
+        pasted = part.copy()
+        pasted[:, top:bottom, left:right] = part[partner, top:bottom, left:right]
+        found.append(pasted)
+    return Batch(_like(images, found), *_mixed_labels(len(parts[0]), targets, weights, partner, share))
 
 
 def box_of(height: int, width: int, share: float, random: np.random.Generator) -> Box:
@@ -166,6 +171,15 @@ def box_of(height: int, width: int, share: float, random: np.random.Generator) -
         start = int(random.integers(length)) - size // 2
         ends += [max(start, 0), min(start + size, length)]
     return Box(*ends)
+
+
+def _parts_of(images) -> tuple:
+    """The tensors of a batch: several where several cross a cut, and then mixed alike."""
+    return images if isinstance(images, tuple) else (images,)
+
+
+def _like(images, parts: list[np.ndarray]):
+    return tuple(parts) if isinstance(images, tuple) else parts[0]
 
 
 def _mixed(values: np.ndarray, partner, share: float) -> np.ndarray:

@@ -6,7 +6,7 @@ import keras
 import numpy as np
 
 from tfxfer.errors import InputError
-from tfxfer.model.graph import grouped
+from tfxfer.model.graph import TAP, grouped
 from tfxfer.sources.catalog import list_sources
 from tfxfer.specs import Block, depth_of
 
@@ -66,7 +66,10 @@ def list_blocks(model: keras.Model) -> tuple[Block, ...]:
             for name, variables in holder.variable_blocks.items()
         )
     names = next((card.blocks for card in list_sources() if card.architecture == backbone.name), ())
+    taps = [layer for layer in layers if layer.name.startswith(TAP)]
+    layers = [layer for layer in layers if layer not in taps]
     groups = _by_name(layers, names) if names else grouped(backbone)
+    groups[-1][1].extend(taps)  # what reads several blocks for the head, see `tfxfer.model.taps`
     return tuple(
         Block(name, tuple(layer.name for layer in group), sum(layer.count_params() for layer in group))
         for name, group in groups

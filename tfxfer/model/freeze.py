@@ -3,7 +3,7 @@
 import dataclasses
 import hashlib
 import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import NamedTuple
 
 import keras
@@ -12,12 +12,16 @@ import numpy as np
 from tfxfer.data.values import refuse_unit_range
 from tfxfer.errors import CheckError, InputError, did_you_mean
 from tfxfer.model.blocks import backbone_of, list_blocks, program_of, resolve_depth
-from tfxfer.specs import BATCH_NORM_STATES, pattern_of
+from tfxfer.specs import BATCH_NORM_STATES, PARAMETERS, pattern_of
+
+AFFINE = ("bias", "biases", "gamma", "beta", "scale", "offset")  # as Keras and the programs of TF Hub name them
 
 Depth = int | float | str | re.Pattern | Callable[[keras.layers.Layer], bool]
 
 
-def freeze(model: keras.Model, depth: Depth = "all", *, batch_norm: str = "affine") -> keras.Model:
+def freeze(
+    model: keras.Model, depth: Depth = "all", *, batch_norm: str = "affine", parameters: str = "all"
+) -> keras.Model:
     """Freeze blocks or layers of a model and train the rest. Sets the state: calling it again starts over.
 
     Args:
@@ -32,15 +36,21 @@ def freeze(model: keras.Model, depth: Depth = "all", *, batch_norm: str = "affin
             "adapt": the statistics are estimated anew, once, by `adapt_batch_norm`; gamma and beta stay.
             "train": both move.
             In frozen blocks nothing moves, ever.
+        parameters: What trains where it is not frozen: "all", or "affine", of each layer its bias, and the gamma and
+            beta of normalisations (those of BatchNorm as `batch_norm` has it): `freeze(model, 0, parameters="affine")`
+            is tuning by those alone.
+
             Call `freeze` again after loading a saved model: Keras keeps the flags of layers, not those of single
-            variables, so "affine" comes back as "frozen"; and a frozen SpectralNormalization, which by itself assigns
-            its kernel anew in each training step, is held still by `freeze` alone.
+            variables, so an "affine" BatchNorm comes back as "frozen", and kernels that `parameters` held still come
+            back trainable; and a frozen SpectralNormalization, which by itself assigns its kernel anew in each training
+            step, is held still by `freeze` alone.
 
     Returns:
         The model.
 
     Raises:
-        InputError: Where `depth` matches nothing or is out of range, or `batch_norm` is unknown.
+        InputError: Where `depth` matches nothing or is out of range, `batch_norm` or `parameters` is unknown, or
+            "affine" parameters are asked for where there are none.
 
     Example:
         >>> import keras
@@ -50,7 +60,15 @@ def freeze(model: keras.Model, depth: Depth = "all", *, batch_norm: str = "affin
         ['b']
         >>> [layer.name for layer in freeze(net, re.compile("b")).layers if layer.trainable]
         ['a']
+        >>> [variable.path[-6:] for variable in freeze(net, 0, parameters="affine").trainable_variables]
+        ['a/bias', 'b/bias']
+
+    Reference:
+        Zaken, Goldberg, Ravfogel. BitFit. ACL 2022. Frankle, Schwab, Morcos. Training BatchNorm and Only BatchNorm.
+        ICLR 2021.
     """
+    if parameters not in PARAMETERS:
+        raise InputError(f"Unknown parameters {parameters!r}. {did_you_mean(parameters, PARAMETERS)}")
     if batch_norm not in BATCH_NORM_STATES:
         raise InputError(f"Unknown batch_norm {batch_norm!r}. {did_you_mean(batch_norm, BATCH_NORM_STATES)}")
     backbone = backbone_of(model)
@@ -61,11 +79,17 @@ def freeze(model: keras.Model, depth: Depth = "all", *, batch_norm: str = "affin
     holder = program_of(backbone)
     if holder is not None:
         holder.freeze_blocks(frozen, batch_norm=batch_norm)
+        if parameters == "affine":
+            _hold_kernels(v for group in holder.variable_blocks.values() for v in group)
+            _refuse_nothing(backbone, frozen)
         return model
     for name, layer in units_of(backbone):
         trains = name not in frozen
+        layer.trainable = False  # setting a flag to what it was is no news, to variables that were held by themselves
         layer.trainable = trains
-        _hold_spectral_norms(layer, not trains)
+        hold_spectral_norms(layer, not trains)
+        if parameters == "affine":
+            _hold_kernels(layer.trainable_variables)
         for norm in _norms(layer):
             # A BatchNorm layer that is not trainable runs in inference mode, whatever the training argument says; its
             # gamma and beta are trainable where their own flag says so. Passing training=False to the backbone's
@@ -74,10 +98,27 @@ def freeze(model: keras.Model, depth: Depth = "all", *, batch_norm: str = "affin
             for variable in (norm.gamma, norm.beta):  # each time: setting a layer's flag to what it was is no news
                 if variable is not None:
                     variable.trainable = trains and batch_norm in ("affine", "train")
+    if parameters == "affine":
+        _refuse_nothing(backbone, frozen)
     return model
 
 
-def _hold_spectral_norms(layer: keras.layers.Layer, held: bool) -> None:
+def _refuse_nothing(backbone: keras.Model, frozen: frozenset[str]) -> None:
+    if not backbone.trainable_variables and any(unit.weights and unit.name not in frozen for unit in _units(backbone)):
+        raise InputError(
+            f"No variable of {backbone.name!r} that is not frozen is a bias, gamma or beta by its name, so "
+            "parameters='affine' would train nothing of it; give 'all', or batch_norm='affine'."
+        )
+
+
+def _hold_kernels(variables: Iterable[keras.Variable]) -> None:
+    """All but vectors that are added or multiplied to each channel: in Keras' layers, and by name in programs."""
+    for variable in variables:
+        if re.split("[/.]", variable.path)[-1] not in AFFINE:  # dots part the names in programs
+            variable.trainable = False
+
+
+def hold_spectral_norms(layer: keras.layers.Layer, held: bool) -> None:
     """SpectralNormalization assigns its kernel anew in each training step, trainable or not: let it assign the same."""
     for norm in layer._flatten_layers():
         if isinstance(norm, keras.layers.SpectralNormalization):

@@ -1,7 +1,8 @@
 """Where a network can be parted: the layers between points that one tensor alone crosses, grouped into blocks."""
 
+import math
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator
 from typing import Any
 
 import keras
@@ -12,6 +13,7 @@ _UNIT = re.compile(
     r"^(expanded_conv(?=_[a-z])|block(?:35|17|8)_\d+|.*?(?:block|layer|stage|expanded_conv|cell|conv_dw|conv_pw)_?\d+[a-z]?(?:_block_?\d+)?)"
     r"(?:_|$)"
 )
+TAP = "tap_"  # how the layers begin that read a block for the head, see `tfxfer.model.taps`
 _CELL = re.compile(r"^(?:normal|reduction|adjust|separable_conv).*?_((?:stem_|reduce_)?\d+)$")
 
 
@@ -30,9 +32,10 @@ def segments(network: keras.Model) -> list[list[keras.layers.Layer]]:
         network: Functional or sequential; of any other, each layer is a run.
 
     Returns:
-        All layers but the input, in order, without empty runs; operations that are no layers (`x + y`) stay unseen.
+        All layers but the input and taps, in order, without empty runs; operations that are no layers (`x + y`) stay
+        unseen.
     """
-    operations = operations_of(network)
+    operations = [operation for operation in operations_of(network) if not operation.name.startswith(TAP)]
     functional = _functional(network)
     if functional is None:
         return [[layer] for layer in operations]
@@ -81,26 +84,92 @@ def _functional(network: keras.Model):
     return network if hasattr(network, "_nodes_by_depth") and hasattr(network, "operations") else None
 
 
-def tensor_behind(network: keras.Model, layers: Sequence[str]):
-    """The one tensor that crosses behind these leading layers of a network, None where it is not one.
+def tensors_behind(network: keras.Model, layers: Collection[str]) -> list | None:
+    """The tensors that cross from some leading layers of a network to what follows, the fewest bytes of them.
+
+    What follows the layers without weights of its own and computes the same each time (a sum, an activation, pooling)
+    may come before the cut where that makes what crosses smaller.
 
     Args:
-        network: Functional or sequential.
-        layers: Names of all its layers up to the cut; operations that are no layers (`x + y`) go with what they follow.
+        network: Functional or sequential; of any other nothing inside can be reached.
+        layers: Names of the layers up to the cut.
+
+    Returns:
+        The tensors; None where there are none, as a layer before the cut needs one behind it.
     """
     functional = _functional(network)
     if functional is None:
         return None
-    operations = operations_of(network)
-    last = max(index for index, operation in enumerate(operations) if operation.name in layers)
-    spans = _spans(functional, operations)
-    for index in range(last, len(operations)):
-        crossing = [tensor for tensor, (first, end) in spans if first <= index < end]
-        if len(crossing) == 1:
-            return crossing[0]
-        if index + 1 < len(operations) and isinstance(operations[index + 1], keras.layers.Layer):
-            return None
-    return None
+    nodes = [
+        node for depth in sorted(functional._nodes_by_depth, reverse=True) for node in _nodes_at(functional, depth)
+    ]
+    known = {id(tensor) for tensor in functional.inputs}
+    waiting = [node for node in nodes if node.operation.name in layers]
+    before = _closed(nodes, known, lambda node: node.operation.name in layers or _is_plain(node.operation))
+    if not {id(node) for node in waiting} <= before:
+        return None
+    # First without the plain operations that no layer before the cut needs, then with one more of them at a time.
+    needed = _needed_by(nodes, waiting)
+    best = _crossing(functional, nodes, needed)
+    taken = set(needed)
+    for node in nodes:
+        if id(node) in before - taken:
+            taken.add(id(node))
+            found = _crossing(functional, nodes, taken)
+            if _bytes_of(found) <= _bytes_of(best):
+                best = found
+    return best
+
+
+def _nodes_at(functional, depth: int) -> list:
+    nodes = functional._nodes_by_depth[depth]
+    return [node for node in nodes if not isinstance(node.operation, keras.layers.InputLayer)]
+
+
+def _closed(nodes: list, known: set[int], allowed: Callable[[Any], bool]) -> set[int]:
+    """The nodes that can be computed from known tensors by allowed nodes alone."""
+    known, found = set(known), set()
+    for node in nodes:
+        if allowed(node) and all(id(tensor) in known for tensor in node.input_tensors):
+            found.add(id(node))
+            known.update(map(id, node.outputs))
+    return found
+
+
+def _needed_by(nodes: list, wanted: list) -> set[int]:
+    """The wanted nodes and all that they are computed from."""
+    needed = {id(node) for node in wanted}
+    tensors = {id(tensor) for node in wanted for tensor in node.input_tensors}
+    for node in reversed(nodes):
+        if any(id(tensor) in tensors for tensor in node.outputs):
+            needed.add(id(node))
+            tensors.update(map(id, node.input_tensors))
+    return needed
+
+
+def _crossing(functional, nodes: list, before: set[int]) -> list:
+    """Tensors that the nodes before the cut make, or the input, and that others read."""
+    read = {id(tensor) for node in nodes if id(node) not in before for tensor in node.input_tensors}
+    read |= {id(tensor) for tensor in functional.outputs}
+    made = [*functional.inputs, *(tensor for node in nodes if id(node) in before for tensor in node.outputs)]
+    return [tensor for tensor in made if id(tensor) in read]
+
+
+def _bytes_of(tensors: list) -> float:
+    return sum(math.prod(size or math.inf for size in tensor.shape[1:]) for tensor in tensors)
+
+
+_PLAIN = (
+    keras.layers.Activation, keras.layers.Add, keras.layers.Average, keras.layers.AveragePooling2D,
+    keras.layers.Concatenate, keras.layers.ELU, keras.layers.Flatten, keras.layers.GlobalAveragePooling2D,
+    keras.layers.GlobalMaxPooling2D, keras.layers.LeakyReLU, keras.layers.MaxPooling2D, keras.layers.Multiply,
+    keras.layers.ReLU, keras.layers.Reshape, keras.layers.ZeroPadding2D,
+)  # fmt: skip
+
+
+def _is_plain(operation) -> bool:
+    """Whether an operation has no weights and gives the same each time, in training too."""
+    return isinstance(operation, _PLAIN) or not isinstance(operation, keras.layers.Layer)
 
 
 def _spans(functional, operations: list) -> list[tuple[Any, tuple[int, int]]]:
@@ -109,6 +178,8 @@ def _spans(functional, operations: list) -> list[tuple[Any, tuple[int, int]]]:
     made: dict[int, tuple[Any, int]] = {}
     last_use: dict[int, int] = {}
     for node in (node for nodes in functional._nodes_by_depth.values() for node in nodes):
+        if node.operation.name.startswith(TAP):
+            continue  # reads what it reads for the head
         index = position.get(id(node.operation), -1)
         for tensor in node.outputs:
             made[id(tensor)] = (tensor, index)

@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 
 import keras
+import numpy as np
 
 from tfxfer.errors import InputError
 from tfxfer.sources import catalog
@@ -41,7 +42,8 @@ def keep_source_classes(model: keras.Model, source: str | Source, class_names: S
     head = model.get_layer("logits")
     if len(class_names) != head.units:
         raise InputError(f"{len(class_names)} class names were given for the {head.units} outputs of the model.")
-    classifier = _classifier(card, head.kernel.shape[0])
+    network = catalog.load_backbone(card, include_top=True)
+    classifier = _classifier(card, network, head.kernel.shape[0])
     kernel, bias = (value.copy() for value in head.get_weights())
     for row, name in enumerate(class_names):
         if name in shared:
@@ -51,9 +53,41 @@ def keep_source_classes(model: keras.Model, source: str | Source, class_names: S
     return {name: theirs_name for name, (_, theirs_name) in shared.items()}
 
 
-def _classifier(card: Source, num_features: int):
+def source_classifier(card: Source, backbone: keras.Model) -> tuple[np.ndarray, np.ndarray]:
+    """The source's own output as a function of its features.
+
+    Args:
+        card: Of the source.
+        backbone: Of the source, with its weights: what it gives for two pictures of noise shows whether the last layer
+            acts on the features alone.
+
+    Returns:
+        Kernel (F, K) and bias (K,) to logits.
+
+    Raises:
+        InputError: Where the source has no old output, or it acts on something else than the features.
+
+    Example:
+        >>> from tfxfer.sources.catalog import get_source, load_backbone
+        >>> card = get_source("digits_cnn")
+        >>> kernel, bias = source_classifier(card, load_backbone(card))
+        >>> kernel.shape, bias.shape
+        ((64, 10), (10,))
+    """
+    network = catalog.load_backbone(card, image_size=backbone.input_shape[1], include_top=True)
+    kernel, bias = _classifier(card, network, backbone.output_shape[-1])
+    images = np.random.default_rng(0).normal(size=(2, *backbone.input_shape[1:])).astype("float32")
+    expected = network.predict_on_batch(images)
+    found = backbone.predict_on_batch(images) @ kernel + bias
+    if not np.allclose(found, expected, atol=1e-3 * max(float(np.abs(expected).max()), 1.0)):
+        raise InputError(
+            f"The classifier of {card.name!r} is no linear map of the model's features, or the model has other weights."
+        )
+    return kernel, bias
+
+
+def _classifier(card: Source, network: keras.Model, num_features: int):
     """Kernel (F, K) and bias (K,) of the source's last layer."""
-    network = catalog.load_backbone(card, include_top=True)
     last = next((layer for layer in reversed(network.layers) if layer.weights), None)
     if not isinstance(last, keras.layers.Dense) or last.kernel.shape[0] != num_features:
         raise InputError(f"The classifier of {card.name!r} does not act on its features alone, so no row can be kept.")

@@ -86,10 +86,11 @@ def write_text(path: Path, text: str) -> None:
 
 def write_json(path: Path, value: Any) -> None:
     """Write `value` to `path` atomically as indented JSON; NumPy scalars and arrays are taken."""
-    write_text(path, json.dumps(value, indent=2, default=_plain, allow_nan=False) + "\n")
+    write_text(path, json.dumps(value, indent=2, default=plain, allow_nan=False) + "\n")
 
 
-def _plain(value: Any) -> Any:
+def plain(value: Any) -> Any:
+    """NumPy scalars, arrays and paths as JSON has them: the `default` of `json.dumps`."""
     if hasattr(value, "tolist"):
         return value.tolist()
     if isinstance(value, Path):

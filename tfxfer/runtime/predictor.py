@@ -3,12 +3,14 @@
 import json
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnxruntime
 
 from tfxfer.errors import InputError
 from tfxfer.runtime.images import decode_image, map_threads, resize_image
+from tfxfer.runtime.store import Rows
 
 ImageLike = str | Path | bytes | np.ndarray
 
@@ -52,12 +54,12 @@ class OnnxPredictor:
             raise InputError(f"{path} has no class names and image size inside; it is no export of tfxfer.") from None
         self._batch_size = batch_size
 
-    def predict(self, images: np.ndarray | Sequence[ImageLike]) -> np.ndarray:
+    def predict(self, images: Rows | Sequence[ImageLike]) -> np.ndarray:
         """Probabilities of images.
 
         Args:
-            images: (N, H, W, 3) uint8, RGB, any size; or a list of paths, encoded files (bytes) and uint8 arrays
-                (H, W, 1..4), each of its own size.
+            images: (N, H, W, 3) uint8, RGB, any size, in memory or rows in a file; or a list of paths, encoded files
+                (bytes) and uint8 arrays (H, W, 1..4), each of its own size.
 
         Returns:
             (N, K) float32.
@@ -92,8 +94,9 @@ class OnnxPredictor:
         (probabilities,) = self._session.run(["probabilities"], {"images": np.ascontiguousarray(batch)})
         return probabilities
 
-    def _batches(self, images: np.ndarray | Sequence[ImageLike]) -> Iterator[np.ndarray]:
-        if isinstance(images, np.ndarray) and images.ndim == 4 and images.shape[-1] == 3:
+    def _batches(self, images: Any) -> Iterator[np.ndarray]:
+        shape: tuple[int, ...] = getattr(images, "shape", ())
+        if len(shape) == 4 and shape[-1] == 3:
             if images.dtype != np.uint8:
                 raise InputError(f"Images must be uint8 in 0..255, not {images.dtype}.")
             for start in range(0, len(images), self._batch_size):

@@ -1,9 +1,14 @@
 """Facts about this process: its age, its versions."""
 
+import contextlib
 import importlib.metadata
 import os
 import platform
+import signal
+import sys
+import threading
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 _IMPORTED = time.time()
@@ -18,6 +23,45 @@ def seconds_since_start() -> float:
         return uptime - ticks / os.sysconf("SC_CLK_TCK")
     except (OSError, ValueError, IndexError):
         return time.time() - _IMPORTED
+
+
+@contextlib.contextmanager
+def end_after_sigterm(seconds: float, told: str) -> Iterator[None]:
+    """A SIGTERM in the block has this process gone so long after it, whatever it is at; for the command line.
+
+    Python's own handlers run when the main thread comes back from native code, and the end of a process has clearing up
+    to do: either may take longer where the machine is busy. Another thread hears of the signal at once and waits, also
+    when the block has ended meanwhile. Without a handler of Python's the signal ends the process anyway.
+
+    Args:
+        seconds: At least 0.
+        told: Said on stderr then.
+    """
+    if threading.current_thread() is not threading.main_thread():
+        yield  # only the main thread may ask to be told
+        return
+    reading, writing = os.pipe()
+    os.set_blocking(writing, False)
+
+    def wait() -> None:
+        while (heard := os.read(reading, 1)) != bytes([signal.SIGTERM]):
+            if not heard:  # the block has ended without one
+                os.close(reading)
+                return
+        time.sleep(seconds)
+        print(told, file=sys.stderr, flush=True)
+        os._exit(128 + signal.SIGTERM)
+
+    before = signal.set_wakeup_fd(writing, warn_on_full_buffer=False)
+    if before >= 0:  # somebody else's, such as of an event loop
+        signal.set_wakeup_fd(before)
+    threading.Thread(target=wait, daemon=True).start()
+    try:
+        yield
+    finally:
+        if before < 0:
+            signal.set_wakeup_fd(-1)
+        os.close(writing)
 
 
 def versions() -> dict[str, str]:

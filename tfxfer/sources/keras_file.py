@@ -127,4 +127,5 @@ def _run(folder: Path, input_range: str) -> tuple[Path, str, dict[str, Any]]:
     if not path.is_file():
         raise InputError(f"{folder} has no {name}; it is no finished run.")
     facts = {"title": f"{origin}, trained in {folder.name}", "licence": licence, "class_names": classes}
+    facts["fine_tune_depth"] = info["source"].get("fine_tune_depth", -1)
     return path, digest, facts

@@ -2,12 +2,13 @@
 
 import concurrent.futures
 import dataclasses
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import keras
 import numpy as np
 
+from tfxfer.features.activations import Crossing
 from tfxfer.methods.mixing import cutmix, mixup
 
 
@@ -17,22 +18,24 @@ class Batch:
 
     Attributes:
         rows: (n,) numbers of the images.
-        activations: (n, ...).
+        activations: (n, ...), or a tuple where several tensors cross the cut.
         targets: (n, K) shares of the classes.
         weights: (n,) loss weights.
+        recorded: (n, S) that a regularizer wants of each image; None for nothing.
     """
 
     rows: np.ndarray
-    activations: np.ndarray
+    activations: Crossing
     targets: np.ndarray
     weights: np.ndarray
+    recorded: np.ndarray | None = None
 
 
 class EpochBatches:
     """The batches of any epoch, from any batch on; the next one is read while the present one is computed on.
 
     Args:
-        activations: Indexed by (views, rows) arrays, such as a (V, N, ...) array.
+        activations: Indexed by (views, rows) arrays: `Activations`, or a (V, N, ...) array.
         num_views: V.
         targets: (N, K).
         weights: (N,) loss weights.
@@ -40,6 +43,7 @@ class EpochBatches:
         batch_size: Images a step.
         seed: Two with the same seed give the same batches.
         mixup, cutmix: As in `Stage`.
+        recorder: Of views, rows and targets of a batch gives `Batch.recorded`.
 
     Example:
         >>> data = EpochBatches(np.arange(8.0).reshape(2, 4), 2, np.eye(4), np.ones(4), np.arange(4), 3, seed=0)
@@ -49,8 +53,9 @@ class EpochBatches:
 
     def __init__(
         self, activations: Any, num_views: int, targets, weights, rows, batch_size: int, seed: int,
-        *, mixup: float = 0.0, cutmix: float = 0.0,
+        *, mixup: float = 0.0, cutmix: float = 0.0, recorder: Callable[..., np.ndarray] | None = None,
     ):  # fmt: skip
+        self._recorder = recorder
         self._mixup, self._cutmix = mixup, cutmix
         self._activations, self._num_views = activations, num_views
         self._targets, self._weights = targets, weights
@@ -78,6 +83,13 @@ class EpochBatches:
                 yield batch
 
     def _mixed(self, order: tuple[np.ndarray, np.ndarray], index: int, epoch: int) -> Batch:
+        batch = self._plain_or_mixed(order, index, epoch)
+        if self._recorder is None:
+            return batch
+        views = order[1][index * self._batch_size : (index + 1) * self._batch_size]
+        return dataclasses.replace(batch, recorded=self._recorder(views, batch.rows, batch.targets))
+
+    def _plain_or_mixed(self, order: tuple[np.ndarray, np.ndarray], index: int, epoch: int) -> Batch:
         batch = self.read(order, index)
         if not self._mixup and not self._cutmix:
             return batch

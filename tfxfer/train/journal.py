@@ -17,25 +17,30 @@ from typing import Any
 
 import numpy as np
 
-from tfxfer.errors import CheckError, TfxferError
+from tfxfer.errors import CheckError, Terminated
 from tfxfer.train.checkpoint import Checkpoints, read_checkpoint, write_checkpoint
 
 SAVE_EVERY_SECONDS = 30.0
 # A save may take so much of the time between two of them.
 SAVE_SHARE = 0.05
+# So long after SIGTERM the open unit may take to reach the end of its batch, the first of which is also compiled; then
+# the process ends with what was saved before.
+GRACE_SECONDS = 7.0
 
 Arrays = dict[str, np.ndarray]
 Facts = dict[str, Any]
 
 
-class Terminated(TfxferError):
-    """The process was told to end (SIGTERM); what was reached is saved."""
-
-    exit_status = 128 + signal.SIGTERM
-
-
 class NotSavedWarning(UserWarning):
     """A checkpoint could not be written; training goes on, and cannot be resumed from here."""
+
+
+class _Ending:
+    """Whether the process was told to end, and how many open units keep their state; journals of a run share it."""
+
+    def __init__(self) -> None:
+        self.asked = threading.Event()
+        self.num_open = 0
 
 
 class Journal:
@@ -55,19 +60,31 @@ class Journal:
         self.folder, self.every_seconds = folder, every_seconds
         self.resumed: list[str] = []
         self._made: set[str] = set()
-        self._ending = threading.Event()
-        self._open = 0
+        self._ending = _Ending()
+        self._again: threading.Timer | None = None
+
+    def child(self, name: str) -> "Journal":
+        """A journal of its own in a folder of this one's, for another training; SIGTERM is told to both."""
+        journal = Journal(self.folder and self.folder / name, every_seconds=self.every_seconds)
+        journal._ending = self._ending
+        return journal
 
     def memo(self, name: str, make: Callable[[], tuple[Arrays, Facts]]) -> tuple[Arrays, Facts]:
         """What `make` returns; of a unit that is finished what it returned then. For units of seconds."""
-        return self.run(name, lambda unit: make())
+        return self.run(name, lambda unit: make(), saves=False)
 
-    def run(self, name: str, make: Callable[["OpenUnit"], tuple[Arrays, Facts]]) -> tuple[Arrays, Facts]:
+    def run(
+        self, name: str, make: Callable[["OpenUnit"], tuple[Arrays, Facts]], *, saves: bool = True
+    ) -> tuple[Arrays, Facts]:
         """What `make` returns; of a unit that is finished what it returned then.
 
         Args:
             name: Of the unit, the same at each walk.
             make: Told where it keeps its state while it is at work; gives arrays by name, and facts that JSON can hold.
+            saves: Whether it does keep it, so that SIGTERM waits for that.
+
+        Raises:
+            Terminated: Where the process was told to end.
         """
         path = self._path(name)
         if path is not None:
@@ -77,14 +94,16 @@ class Journal:
                     self.resumed.append(name)
                 return found
         unit = OpenUnit(self, name, Checkpoints(path.with_suffix("")) if path else None)
-        self._open += 1
+        self._ending.num_open += saves
         try:
             arrays, facts = make(unit)
         finally:
-            self._open -= 1
+            self._ending.num_open -= saves
         if path is not None and self._try(lambda: write_checkpoint(path, arrays, facts)):
             self._made.add(name)
             unit.forget()
+        if self._ending.asked.is_set():
+            raise Terminated("Told to end by SIGTERM; what was reached is saved, go on with --resume.")
         return arrays, facts
 
     def clear(self) -> None:
@@ -94,7 +113,10 @@ class Journal:
 
     @contextlib.contextmanager
     def ends_on_sigterm(self) -> Iterator[None]:
-        """SIGTERM lets the open unit save itself and raise `Terminated`; elsewhere in the block it ends at once."""
+        """SIGTERM lets the open unit save itself and raise `Terminated`; elsewhere in the block it ends at once.
+
+        A second one ends at once everywhere, and comes by itself after `GRACE_SECONDS`.
+        """
         if threading.current_thread() is not threading.main_thread():
             yield  # only the main thread may set handlers
             return
@@ -102,13 +124,21 @@ class Journal:
         try:
             yield
         finally:
+            if self._again is not None:
+                self._again.cancel()
             signal.signal(signal.SIGTERM, before)
 
     def _end(self, *_: object) -> None:
-        if self._open:
-            self._ending.set()
-        else:
+        if self._ending.asked.is_set():
+            raise Terminated("Told to end by SIGTERM; go on with --resume from what was saved before.")
+        if not self._ending.num_open:
             raise Terminated("Told to end by SIGTERM; go on with --resume.")
+        self._ending.asked.set()
+        main = threading.main_thread().ident
+        assert main is not None  # it is at work
+        self._again = threading.Timer(GRACE_SECONDS, signal.pthread_kill, (main, signal.SIGTERM))
+        self._again.daemon = True
+        self._again.start()
 
     def _path(self, name: str) -> Path | None:
         if self.folder is None:
@@ -147,7 +177,7 @@ class OpenUnit:
 
     def due(self) -> bool:
         """Whether it is time to save."""
-        if self._journal._ending.is_set():
+        if self._journal._ending.asked.is_set():
             return True
         if self._kept is None:
             return False
@@ -166,7 +196,7 @@ class OpenUnit:
             saved = self._journal._try(lambda: kept.save(arrays, facts))
         self._saved_at = time.monotonic()
         self._save_seconds = self._saved_at - began
-        if self._journal._ending.is_set():
+        if self._journal._ending.asked.is_set():
             told = "what was reached is saved, go on with --resume" if saved else "nothing could be saved"
             raise Terminated(f"Told to end by SIGTERM; {told}.")
 

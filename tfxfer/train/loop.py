@@ -2,23 +2,26 @@
 
 import contextlib
 import dataclasses
+import itertools
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import keras
 import numpy as np
+import tensorflow as tf
 
 from tfxfer.features.extract import Extracted
 from tfxfer.features.solvers import log_softmax
 from tfxfer.methods.averaging import WeightAverage
-from tfxfer.methods.fine_tune import make_optimizer
-from tfxfer.methods.schedule import warmup_cosine
+from tfxfer.methods.schedule import SCHEDULES
 from tfxfer.specs import Stage
 from tfxfer.train.batches import Batch, EpochBatches
+from tfxfer.train.distribute import Devices
+from tfxfer.train.forgetting import SOURCE_LOGITS, Regularizer
 from tfxfer.train.journal import Arrays, Facts, OpenUnit
 from tfxfer.train.state import callback_states, set_callback_states
-from tfxfer.train.step import NUM_SUMS, TrainingStep
+from tfxfer.train.step import NUM_SUMS
 
 HELD_BATCH = 256
 # What a checkpoint keeps of `_Progress` beside its arrays.
@@ -36,8 +39,28 @@ class NotFinite(Exception):
 
     def __init__(self, batch: Batch, step: int):
         self.rows, self.step = batch.rows, step
-        self.where = "loss" if np.isfinite(batch.activations).all() else "input"
+        tensors = tf.nest.flatten(batch.activations)
+        self.where = "loss" if all(np.isfinite(tensor).all() for tensor in tensors) else "input"
         super().__init__(f"{self.where} at step {step}")
+
+    def told(self, names: Sequence[str] | None, rate: float) -> str:
+        """For people: the files of the batch, and what to do.
+
+        Args:
+            names: Of all images, where they have some.
+            rate: The peak rate of the run.
+        """
+        batch = [names[row] if names else f"image {row}" for row in self.rows]
+        told = ", ".join(batch[:8]) + (f" and {len(batch) - 8} more" if len(batch) > 8 else "")
+        cure = (
+            "the source gives numbers that are none for some of them"
+            if self.where == "input"
+            else f"give a smaller learning rate than {rate:g} (--lr), or look at these images"
+        )
+        return (
+            f"The {self.where} of training was not a number at step {self.step}, in the batch of {told}; training "
+            f"stopped there and what was best before is kept: {cure}."
+        )
 
 
 @dataclasses.dataclass
@@ -45,7 +68,8 @@ class Trained:
     """One training of a suffix.
 
     Attributes:
-        weights: Of the best epoch on the held-out rows, or of the last where there are none.
+        weights: Of the best epoch on the held-out rows, or of the last where there are none; the start's where no
+            epoch had a loss that is a number.
         learning_rate: Its peak.
         epochs: Epochs that led to `weights`.
         history: One dict an epoch, with the names that Keras uses.
@@ -103,27 +127,34 @@ class SuffixTrainer:
         weights: (N,) loss weights.
         stage: Epochs, schedule, decay, smoothing.
         batch_size: Images a step.
-        patience: Epochs without a better held-out loss before a run stops.
         factors: Of the learning rate, by layer; see `blockwise_factors`.
+        regularizer: Against forgetting; what it trains along is no part of the result.
+        devices: What takes the steps; one device by default.
+        kept: The variables whose values `start` and results have, among them the suffix's; by default just those.
     """
 
     def __init__(
-        self, suffix, extracted: Extracted, labels, weights, stage: Stage, batch_size: int, patience: int = 4,
-        factors: Mapping[str, float] | None = None,
+        self, suffix, extracted: Extracted, labels, weights, stage: Stage, batch_size: int,
+        factors: Mapping[str, float] | None = None, regularizer: Regularizer | None = None,
+        devices: Devices | None = None, kept: Sequence[keras.Variable] | None = None,
     ):  # fmt: skip
         self.suffix, self.extracted, self.stage = suffix, extracted, stage
         self.labels, self.weights = np.asarray(labels), np.asarray(weights, np.float32)
         self.targets = np.eye(suffix.output_shape[-1], dtype=np.float32)[self.labels]
-        self.batch_size, self.patience = batch_size, patience
-        self.start = suffix.get_weights()
-        optimizer = make_optimizer(stage, factors)
-        suffix.compile(optimizer=optimizer)  # so that callbacks find it where they look for it
-        self.step = TrainingStep(
-            suffix, optimizer,
-            smoothing=stage.label_smoothing, clip_norm=stage.clip_norm, micro_batches=stage.micro_batches,
-        )  # fmt: skip
-        self.average = WeightAverage(suffix.weights, stage.average) if stage.average else None
-        self._fresh = [variable.numpy() for variable in optimizer.variables]
+        self.batch_size = batch_size
+        self.kept = list(suffix.weights if kept is None else kept)
+        self.start = self._weights()
+        self.regularizer = regularizer
+        self.trained = regularizer.attach(suffix) if regularizer else suffix
+        factors = {**factors, SOURCE_LOGITS: 1.0} if factors and regularizer else factors
+        self.step = (devices or Devices()).step(self.trained, stage, factors, regularizer)
+        self.show_optimizer()
+        self.average = WeightAverage(self.kept, stage.average) if stage.average else None
+        self._fresh = [variable.numpy() for variable in self.step.variables]
+
+    def show_optimizer(self) -> None:
+        """Put this trainer's optimizer where callbacks look for it; another trainer of the suffix has done so too."""
+        self.suffix.compile(optimizer=self.step.optimizer)
 
     def run(
         self,
@@ -157,10 +188,7 @@ class SuffixTrainer:
             NotFinite: Where input or loss are not numbers and no held-out images would tell that the rate is too high.
         """
         epochs = epochs or self.stage.epochs
-        batches = EpochBatches(
-            self.extracted.activations, len(self.extracted.views), self.targets, self.weights, rows, self.batch_size,
-            seed, mixup=self.stage.mixup, cutmix=self.stage.cutmix,
-        )  # fmt: skip
+        batches = self.batches(rows, seed)
         self._restart(seed)
         done = _Progress()
         watched = keras.callbacks.CallbackList([*watch, *callbacks], model=self.suffix)
@@ -173,23 +201,60 @@ class SuffixTrainer:
         try:
             while done.epoch < (stop_after or epochs) and not self.suffix.stop_training:
                 self._epoch(done, batches, learning_rate, epochs, held, first_epoch, watched, callbacks, unit)
-                if held is not None and done.epoch - done.best_epoch >= self.patience:
+                idle = done.epoch - done.best_epoch
+                if held is not None and self.stage.patience and idle >= self.stage.patience:
                     break
         except NotFinite as error:
             if held is None or error.where == "input":
                 raise
             done.history.append({"epoch": first_epoch + done.epoch, "learning_rate": learning_rate})
         watched.on_train_end()
+        self.step.check()
         return self._result(done, learning_rate, held, len(rows))
+
+    def batches(self, rows, seed: int) -> EpochBatches:
+        """The batches of these rows."""
+        return EpochBatches(
+            self.extracted.activations, len(self.extracted.activations), self.targets, self.weights, rows,
+            self.batch_size, seed, mixup=self.stage.mixup, cutmix=self.stage.cutmix,
+            recorder=self.regularizer.recorder(np.asarray(rows)) if self.regularizer else None,
+        )  # fmt: skip
+
+    def try_rates(self, rows, rates, *, seed: int, goes_on: Callable[[float], bool]) -> None:
+        """One step from the start weights on at each of the rates, until a loss is no number or `goes_on` says no.
+
+        The start weights and a fresh optimizer are there afterwards.
+
+        Args:
+            rows: Images trained on.
+            rates: Of the steps; the images are gone through as often as these need it.
+            seed: Of shuffle, views and dropout.
+            goes_on: Told the loss of each batch, before the step on it.
+
+        Raises:
+            NotFinite: Where the first loss is no number.
+        """
+        batches = self.batches(rows, seed)
+        endless = (batch for epoch in itertools.count() for batch in batches.epoch(epoch))
+        self._restart(seed)
+        for step, (rate, batch) in enumerate(zip(rates, endless, strict=False)):
+            self.step.optimizer.learning_rate = rate
+            result = self.step(batch)
+            if not result.finite and not step:
+                raise NotFinite(batch, 1)
+            if not result.finite or not goes_on(float(result.sums[0] / result.sums[1])):
+                break
+        self._restart(seed)
 
     def _epoch(self, done, batches, learning_rate, epochs, held, first_epoch, watched, callbacks, unit) -> None:
         number = first_epoch + done.epoch
-        watched.on_epoch_begin(number)
+        if not done.batch:  # else it is a resumed one, which callbacks have seen begin
+            watched.on_epoch_begin(number)
         total, began = epochs * len(batches), time.perf_counter()
         for batch in batches.epoch(done.epoch, done.batch):
             step = done.epoch * len(batches) + done.batch
-            share = warmup_cosine(step, total, self.stage.warmup_share)
-            self.suffix.optimizer.learning_rate = learning_rate * share
+            share = SCHEDULES[self.stage.schedule](step, total, self.stage)
+            self.step.optimizer.learning_rate = learning_rate * share
             watched.on_train_batch_begin(done.batch)
             result = self.step(batch)
             if not result.finite:
@@ -209,7 +274,7 @@ class SuffixTrainer:
         if held is not None:
             with self._averaged():
                 logs |= self._judge(held)
-                kept = self.suffix.get_weights()
+                kept = self._weights()
         done.epoch, done.batch, done.sums = done.epoch + 1, 0, np.zeros(NUM_SUMS)
         if held is not None and logs["val_loss"] < done.best_loss:
             done.best, done.best_loss, done.best_epoch = kept, logs["val_loss"], done.epoch
@@ -223,12 +288,12 @@ class SuffixTrainer:
         if self.average is None:
             yield
             return
-        present = self.suffix.get_weights()
+        present = self._weights()
         self.average.copy_to_variables()
         try:
             yield
         finally:
-            self.suffix.set_weights(present)
+            self.set_weights(present)
 
     def _judge(self, held) -> dict[str, float]:
         """Keras' numbers for the held-out rows."""
@@ -250,34 +315,48 @@ class SuffixTrainer:
         if held is None and self.average:
             self.average.copy_to_variables()
         if held is not None:
-            if done.best is not None:
-                self.suffix.set_weights(done.best)
+            # Without an epoch whose loss is a number it is the start, and never what broke it.
+            self.set_weights(self.start if done.best is None else done.best)
             used, loss = max(done.best_epoch, 1), done.best_loss
             scores = self.log_probabilities(held)
         seconds = done.seconds / max(len(done.history) * count, 1)
-        return Trained(self.suffix.get_weights(), learning_rate, used, done.history, scores, loss, seconds)
+        return Trained(self._weights(), learning_rate, used, done.history, scores, loss, seconds)
 
     def log_probabilities(self, rows) -> np.ndarray:
         """(n, K) for the plain view, with the suffix's present weights."""
-        logits = self.suffix.predict(self.extracted.activations[0][rows], batch_size=HELD_BATCH, verbose=0)
-        return log_softmax(logits)
+        rows, found = np.asarray(rows), []
+        for start in range(0, len(rows), HELD_BATCH):
+            activations = self.extracted.activations[0, rows[start : start + HELD_BATCH]]
+            found.append(self.suffix.predict_on_batch(activations))
+        return log_softmax(np.concatenate(found))
+
+    def _weights(self) -> list[np.ndarray]:
+        return [variable.numpy() for variable in self.kept]
+
+    def set_weights(self, values: Sequence[np.ndarray]) -> None:
+        """Of the variables that are kept."""
+        for variable, value in zip(self.kept, values, strict=True):
+            variable.assign(value)
 
     # -- the state of a run -------------------------------------------------------------------------------------------
 
     def _restart(self, seed: int) -> None:
         keras.utils.set_random_seed(seed)
-        self.suffix.set_weights(self.start)
+        self.set_weights(self.start)
+        if self.regularizer:
+            self.regularizer.start()
         for variable in self.suffix.variables:
             if variable.path.endswith("seed_generator_state"):  # dropout's own, which no global seed reaches
                 variable.assign([seed, 0])
-        for variable, value in zip(self.suffix.optimizer.variables, self._fresh, strict=True):
+        for variable, value in zip(self.step.variables, self._fresh, strict=True):
             variable.assign(value)
         if self.average:
             self.average.restore([np.asarray(weight) for weight in self.start])
+        self.step.push()
 
     def _state(self, done: _Progress, callbacks) -> tuple[Arrays, Facts]:
         arrays = {"sums": done.sums}
-        for kind, values in (("model", self.suffix.variables), ("optimizer", self.suffix.optimizer.variables)):
+        for kind, values in (("model", self.trained.variables), ("optimizer", self.step.variables)):
             arrays |= {f"{kind}/{index}": variable.numpy() for index, variable in enumerate(values)}
         arrays |= {f"best/{index}": value for index, value in enumerate(done.best or ())}
         arrays |= {f"average/{i}": value for i, value in enumerate(self.average.state() if self.average else ())}
@@ -289,12 +368,13 @@ class SuffixTrainer:
         }
 
     def _restore(self, arrays: Arrays, facts: Facts, callbacks) -> _Progress:
-        for kind, variables in (("model", self.suffix.variables), ("optimizer", self.suffix.optimizer.variables)):
+        for kind, variables in (("model", self.trained.variables), ("optimizer", self.step.variables)):
             for variable, value in zip(variables, _listed(arrays, kind), strict=True):
                 variable.assign(value)
         if self.average:
             self.average.restore(_listed(arrays, "average"))
         set_callback_states(callbacks, arrays, facts["callbacks"])
+        self.step.push()
         kept: dict[str, Any] = {name: facts[name] for name in _COUNTS}
         return _Progress(sums=arrays["sums"], best=_listed(arrays, "best") or None, **kept)
 

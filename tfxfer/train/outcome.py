@@ -4,8 +4,15 @@ import contextlib
 import dataclasses
 import time
 from collections.abc import Iterator
+from typing import Any
 
 import numpy as np
+
+from tfxfer.features.solvers import Anchor
+from tfxfer.runtime.store import Rows
+from tfxfer.train.rates import RateTest
+
+MIN_UNSEEN = 5  # images a class that a choice can be made on
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -13,7 +20,7 @@ class TrainingData:
     """The images that training may see, train and validation part numbered through.
 
     Attributes:
-        parts: (n, S, S, 3) uint8 arrays.
+        parts: (n, S, S, 3) uint8 arrays, or rows in files.
         labels: (N,) int.
         weights: (N,) loss weights, mean about one.
         groups: (N,) names.
@@ -21,9 +28,11 @@ class TrainingData:
         num_classes: K.
         names: (N,) of the images, for messages; or none.
         may_pool: Whether the validation part was split off by us, so that few images may be cross-fitted instead.
+        anchor: The head of the run that is continued.
+        seen: (N,) bool, the images that this run was trained on.
     """
 
-    parts: tuple[np.ndarray, ...]
+    parts: tuple[Rows, ...]
     labels: np.ndarray
     weights: np.ndarray
     groups: tuple[str, ...]
@@ -32,17 +41,32 @@ class TrainingData:
     num_classes: int
     may_pool: bool
     names: tuple[str, ...] = ()
+    anchor: Anchor | None = None
+    seen: np.ndarray | None = None
 
     @property
     def all_rows(self) -> np.ndarray:
         return np.concatenate([self.rows, self.held])
 
+    def judged(self, rows: np.ndarray) -> np.ndarray:
+        """Those of the rows that choices are made on: what a continued run has seen flatters it.
+
+        Where there are too few others in some class, all of them: to judge on new classes alone would be to forget
+        the old ones.
+        """
+        if self.seen is None:
+            return rows
+        unseen = rows[~self.seen[rows]]
+        enough = np.bincount(self.labels[unseen], minlength=self.num_classes).min() >= MIN_UNSEEN
+        return unseen if enough else rows
+
 
 @dataclasses.dataclass
 class Outcome:
-    """What training decided and did; the model itself holds the weights.
+    """What training decided and did.
 
     Attributes:
+        model: What holds the weights that were chosen: the model that was trained, or one with another head on it.
         chosen: "probe", "fine_tune" or "blend".
         history: One dict an epoch.
         selection: Every measured choice, for run.json.
@@ -51,9 +75,13 @@ class Outcome:
         audit: Of the frozen variables.
         cache: What was computed once instead of once an epoch.
         seconds: By phase.
+        rate_tests: Range tests of learning rates, for the curves.
+        graph_seconds, images_per_second: What tracing the network as a graph took, and how quick that is.
+        left_out: What the time limit did not allow, and why.
         interrupted, out_of_time: How it ended.
     """
 
+    model: Any = None
     chosen: str = "probe"
     history: list[dict] = dataclasses.field(default_factory=list)
     selection: dict = dataclasses.field(default_factory=dict)
@@ -62,6 +90,10 @@ class Outcome:
     audit: dict = dataclasses.field(default_factory=dict)
     cache: dict = dataclasses.field(default_factory=dict)
     seconds: dict[str, float] = dataclasses.field(default_factory=dict)
+    rate_tests: list[RateTest] = dataclasses.field(default_factory=list)
+    graph_seconds: float = 0.0
+    images_per_second: float = 0.0
+    left_out: dict[str, str] = dataclasses.field(default_factory=dict)
     interrupted: bool = False
     out_of_time: bool = False
 

@@ -1,27 +1,33 @@
 """Fine-tuning from the probe: the rate by measurement, the blend, the comparison with the probe, the refit."""
 
+import time
 from collections.abc import Callable, Sequence
 
 import keras
 import numpy as np
 
 from tfxfer.errors import CheckError
-from tfxfer.features.cut import Cut, cut_model
+from tfxfer.features.cut import Cut
 from tfxfer.features.extract import Extracted
 from tfxfer.features.solvers import LinearHead, best_temperature, log_softmax
 from tfxfer.methods.fine_tune import interpolate
-from tfxfer.methods.optimizers import blockwise_factors
 from tfxfer.methods.probe import Probe
 from tfxfer.metrics import metric_value, paired_difference
-from tfxfer.model.freeze import Depth, freeze
+from tfxfer.model.freeze import Depth
 from tfxfer.runtime.progress import Progress
 from tfxfer.specs import Plan, Stage
+from tfxfer.train.budget import Pace, StagePlan, Work, planned_rates
 from tfxfer.train.clock import Clock, StopOnTime
+from tfxfer.train.distribute import Devices
+from tfxfer.train.forgetting import SourceHead
 from tfxfer.train.journal import Journal
+from tfxfer.train.lengths import epochs_of, scale_of
 from tfxfer.train.loop import NotFinite, SuffixTrainer, Trained
+from tfxfer.train.measure import measured_plan
 from tfxfer.train.outcome import Outcome, TrainingData
+from tfxfer.train.rates import LOWEST, NUM_STEPS, RateTest, measure_rates
+from tfxfer.train.trainers import StageTrainers
 
-MIN_STEPS = 100
 BLEND_SHARES = (0.25, 0.5, 0.75, 1.0)
 
 
@@ -42,7 +48,7 @@ class Tuner:
         probe: The convex stage's, or None.
         splits: Pairs (train rows, held-out rows) that decisions are made on.
         outcome: Decisions, history and seconds are written into it.
-        clock, progress, callbacks, on_model, journal: As `run_stages` takes them.
+        clock, progress, callbacks, on_model, journal, devices, source_head: As `run_stages` takes them.
     """
 
     def __init__(
@@ -63,33 +69,50 @@ class Tuner:
         callbacks: Sequence[keras.callbacks.Callback],
         on_model: Callable[[str], None],
         journal: Journal,
+        devices: Devices,
+        source_head: SourceHead | None = None,
     ):
         self.model, self.cut, self.extracted, self.data, self.plan = model, cut, extracted, data, plan
         self.stages, self.freezing, self.probe, self.splits, self.outcome = stages, freezing, probe, splits, outcome
         self.clock, self.progress, self.callbacks, self.on_model = clock, progress, tuple(callbacks), on_model
         self.journal = journal
+        self.trainers = StageTrainers(
+            model, cut, extracted, data, plan, stages, freezing, outcome,
+            clock=clock, progress=progress, journal=journal, devices=devices, source_head=source_head,
+        )  # fmt: skip
         self._num_units = 0
         self.judged = np.concatenate([held for _, held in splits])
         self._temperature = 1.0
+        # Models of folds were trained to decide only; one that was judged on the validation part goes on.
+        self._goes_on = len(splits) == 1
+        self._refit_seconds = 0.0
+        self._watch = StopOnTime(clock)
 
     def tune(self) -> None:
         """Fine-tune, and leave in the model what is surely better: the probe, the fine-tuned weights, or a blend."""
-        cut, splits = self.cut, self.splits
+        cut = self.cut
         origin = cut.suffix.get_weights()
         kept = _with_head(origin, self.probe.head(self.data.all_rows), 1.0) if self.probe else origin
         best = kept
         try:
-            starts = [self._start(origin, rows) for rows, _ in splits]
+            starts = [self._start(origin, rows) for rows, _ in self.splits]
             rounds, ends = [], list(starts)
-            for stage, depth in zip(self.stages, self.freezing, strict=True):
-                trainer = self._trainer(stage, depth)
-                chosen, runs = self._measure(trainer, stage, ends)
-                rounds.append({"trainer": trainer, **chosen})
+            for index, stage in enumerate(self.stages):
+                trainer = self.trainers.make(index)
+                if index == 0:
+                    trainer = self.trainers.in_precision(trainer, starts[0], self.splits[0][0], self._epochs(stage))
+                plan, pace = self._planned(trainer, index)
+                if plan.left_out:
+                    break
+                chosen, runs = self._measure(trainer, stage, ends, plan)
+                rounds.append({"trainer": trainer, "index": index, "plan": plan, "pace": pace, **chosen})
                 ends = [run.weights for run in runs]
-            share = self._choose(trainer, splits, starts, ends)
+            if not rounds:
+                return
+            share = self._choose(rounds[-1]["trainer"], self.splits, starts[: len(ends)], ends)
             if share is None:
                 return
-            if len(splits) == 1:
+            if self._goes_on:
                 best = self._kept(self._cooled(interpolate(starts[0], ends[0], share)), share)
             refitted = self._refit(origin, rounds, ends, share)
             if refitted is not None:
@@ -107,19 +130,53 @@ class Tuner:
         self.outcome.held, self.outcome.held_probabilities = self.judged, self._tuned
         return weights
 
-    def _trainer(self, stage: Stage, depth: Depth) -> SuffixTrainer:
-        freeze(self.model, depth, batch_norm=stage.batch_norm)
-        same = self.cut if len(self.stages) == 1 else cut_model(self.model, self.cut.depth)
-        assert same is not None  # it could be cut there before
-        return SuffixTrainer(
-            same.suffix, self.extracted, self.data.labels, self.data.weights, stage, self.plan.batch_size,
-            factors=blockwise_factors(self.model, stage.layer_decay) if stage.layer_decay < 1 else None,
+    def _planned(self, trainer: SuffixTrainer, number: int) -> tuple[StagePlan, Pace]:
+        """What of a stage fits into the time that is left, by what a step takes; all of it where there is no limit."""
+        stage = self.stages[number]
+        if not self.clock.limited:
+            every = len(stage.learning_rates), len(self.splits)
+            return StagePlan(self._epochs(stage), *every, True, 0.0, 0.0), Pace(0.0, 0.0)
+
+        def measured():
+            self.progress.phase(f"{stage.name}, measuring a step")
+            works = [self._work(later) for later in self.stages[number:]]
+            return {}, measured_plan(
+                trainer, works, self.splits, self.clock,
+                later_seconds=self._refit_seconds, compile_seconds=self.outcome.graph_seconds, seed=self.plan.seed,
+            )  # fmt: skip
+
+        _, facts = self.journal.memo(f"plan of stage {number + 1}, {stage.name}", measured)
+        self.outcome.selection.setdefault("time_plan", []).append({"stage": stage.name, **facts})
+        plan, pace, told = StagePlan(**facts["plan"]), Pace(**facts["pace"]), facts["told"]
+        if plan.left_out:
+            self.clock.stopped = True
+            self.outcome.left_out[stage.name] = told
+            self.progress.note(f"left out: {stage.name}, {told}")
+            return plan, pace
+        self.progress.note(f"{stage.name}: {told}")
+        self._watch = StopOnTime(self.clock, pace.held_seconds * len(self.splits[0][1]))
+        self._keep_folds(plan.num_folds)
+        if not self._goes_on:
+            self._refit_seconds += plan.refit_seconds
+        return plan, pace
+
+    def _work(self, stage: Stage) -> Work:
+        return Work(
+            epochs=self._epochs(stage), num_rates=1 if stage.find_rate else len(stage.learning_rates),
+            num_test_steps=2 * NUM_STEPS if stage.find_rate else 0,  # each batch is also compared with the start
+            folds=[(len(rows), len(held)) for rows, held in self.splits], num_all=len(self.data.all_rows),
+            batch_size=self.plan.batch_size, goes_on=self._goes_on, recompiles=len(self.stages) > 1,
         )  # fmt: skip
 
-    def _measure(self, trainer, stage, starts) -> tuple[dict, list[Trained]]:
+    def _keep_folds(self, count: int) -> None:
+        """Judge on the first folds only."""
+        self.splits = self.splits[:count]
+        self.judged = np.concatenate([held for _, held in self.splits])
+
+    def _measure(self, trainer, stage, starts, plan: StagePlan) -> tuple[dict, list[Trained]]:
         """Train once on each split, at the rate that was best on the first."""
-        epochs = self._epochs(stage, len(self.splits[0][0]))
-        runs = [self._best_rate(trainer, stage, starts[0], epochs)]
+        epochs, began = plan.epochs, time.monotonic()
+        runs = [self._best_rate(trainer, stage, starts[0], plan)]
         rate = runs[0].learning_rate
         for index in range(1, len(self.splits)):
             if self.clock.expired():
@@ -131,31 +188,55 @@ class Tuner:
             "learning_rate": rate,
             "epochs": epochs,
             "best_epoch": used,
-            "loss": float(np.mean([run.loss for run in runs])),
+            "loss": _told(float(np.mean([run.loss for run in runs]))),
         }
+        if self.clock.limited:
+            self.outcome.selection["time_plan"][-1]["seconds"] = time.monotonic() - began
         speed = max(run.seconds_per_image for run in runs)
         return {"stage": stage, "rate": rate, "epochs": epochs, "used": used, "seconds_per_image": speed}, runs
 
-    def _best_rate(self, trainer, stage, start, epochs: int) -> Trained:
+    def _best_rate(self, trainer, stage, start, plan: StagePlan) -> Trained:
         """Whole runs on the first split, from the highest rate down, until one is no better than the one before.
 
         Short runs would not tell: high rates lose at first and win in the end.
         """
         best: Trained | None = None
         losses = {}
-        for rate in sorted(stage.learning_rates, reverse=True):
+        found = self._found_rate(trainer, stage, start) if stage.find_rate else None
+        own = [rate * scale_of(stage, self.plan.batch_size) for rate in stage.learning_rates]
+        for rate in planned_rates(own, plan.num_rates) if found is None else [found["rate"]]:
             self.progress.phase(f"{stage.name}, learning rate {rate:g}")
-            run = self._run(trainer, stage, 0, start, rate, epochs, self.callbacks)
+            run = self._run(trainer, stage, 0, start, rate, plan.epochs, self.callbacks)
             self._log(stage.name, run)
-            losses[f"{rate:g}"] = run.loss
+            losses[f"{rate:g}"] = _told(run.loss)
             if best is not None and np.isfinite(best.loss) and not run.loss < best.loss:
                 break
             best = run
             if self.clock.expired():
                 break
-        self.outcome.selection[stage.name] = {"rates": losses}
+        self.outcome.selection[stage.name] = {"rates": losses, **({} if found is None else {"found": found})}
         assert best is not None  # a stage has at least one rate
         return best
+
+    def _found_rate(self, trainer, stage, start) -> dict[str, float]:
+        """The rate that a range test suggests, and how it came to it."""
+        self.progress.phase(f"{stage.name}, learning-rate range test")
+        trainer.start = start
+        self._num_units += 1
+
+        def measure():
+            try:
+                return measure_rates(trainer, self.splits[0][0], seed=self.plan.seed, stop=self.clock.expired)
+            except NotFinite as error:
+                raise CheckError(error.told(self.data.names, LOWEST)) from None
+
+        with self.outcome.timed("find_rate"):
+            arrays, _ = self.journal.memo(f"{self._num_units}, {stage.name}, range test", measure)
+        test = RateTest(stage.name, **arrays)
+        self.outcome.rate_tests.append(test)
+        told = ", ".join(f"{name} {rate:.2g}" for name, rate in test.suggestions.items())
+        self.progress.note(f"{stage.name}: range test over {len(test.rates)} steps, {told}")
+        return test.suggestions
 
     def _run(self, trainer, stage, index: int, start, rate: float, epochs: int, callbacks=()) -> Trained:
         rows, held = self.splits[index]
@@ -173,7 +254,8 @@ class Tuner:
         self._num_units += 1
         unit = f"{self._num_units}, {unit}"
         first = len(self.outcome.history)
-        watch = [StopOnTime(self.clock), _Epochs(self.progress, first, stop_after or epochs)]
+        self._watch = StopOnTime(self.clock, self._watch.held_seconds if "held" in options else 0.0)
+        watch = [self._watch, _Epochs(self.progress, first, stop_after or epochs)]
 
         def work(open_unit):
             try:
@@ -182,37 +264,23 @@ class Tuner:
                     callbacks=callbacks, unit=open_unit, **options,
                 ).state()  # fmt: skip
             except NotFinite as error:
-                raise CheckError(self._not_finite(error, rate)) from None
+                raise CheckError(error.told(self.data.names, rate)) from None
 
         with self.outcome.timed(phase):
             return Trained.of_state(*self.journal.run(unit, work))
 
-    def _not_finite(self, error: NotFinite, rate: float) -> str:
-        names = [self.data.names[row] for row in error.rows] if self.data.names else [f"image {r}" for r in error.rows]
-        told = ", ".join(names[:8]) + (f" and {len(names) - 8} more" if len(names) > 8 else "")
-        cure = (
-            "the source gives numbers that are none for some of them"
-            if error.where == "input"
-            else f"give a smaller learning rate than {rate:g} (--lr), or look at these images"
-        )
-        return (
-            f"The {error.where} of training was not a number at step {error.step}, in the batch of {told}; training "
-            f"stopped there and what was best before is kept: {cure}."
-        )
-
-    def _epochs(self, stage: Stage, count: int) -> int:
-        """At least MIN_STEPS steps: six epochs of a hundred images would be 24 steps, too few to move anything."""
-        steps = -(-count // self.plan.batch_size)
-        return max(stage.epochs, -(-MIN_STEPS // steps)) if stage.min_steps else stage.epochs
+    def _epochs(self, stage: Stage) -> int:
+        return epochs_of(stage, len(self.splits[0][0]), self.plan.batch_size)
 
     def _choose(self, trainer, splits, starts, ends) -> float | None:
         """The share of the blend, by held-out log loss; None where it is not surely better than the probe."""
+        self.clock.release("choosing")
         data, scores = self.data, {}
         labels, weights = data.labels[self.judged], data.weights[self.judged]
         for share in BLEND_SHARES if self.probe else (1.0,):
             parts = []
             for (_, held), start, end in zip(splits, starts, ends, strict=True):
-                trainer.suffix.set_weights(interpolate(start, end, share))
+                trainer.set_weights(interpolate(start, end, share))
                 parts.append(trainer.log_probabilities(held))
             scores[share] = np.concatenate(parts)
         # Label smoothing leaves a model too unsure, a small set too sure; a temperature makes the shares comparable.
@@ -227,9 +295,10 @@ class Tuner:
         }
         if self.probe and self.outcome.held_probabilities is not None:
             groups = [data.groups[row] for row in self.judged]
+            probed = self.outcome.held_probabilities[: len(self.judged)]  # of the folds that were trained
             gain = paired_difference(
                 tuned,
-                self.outcome.held_probabilities,
+                probed,
                 labels,
                 metric=self.plan.metric,
                 groups=groups,
@@ -238,7 +307,7 @@ class Tuner:
             wins = gain["difference"] > gain["standard_error"]
             self.outcome.selection["fine_tune_against_probe"] = {
                 "metric": self.plan.metric,
-                "probe": metric_value(self.plan.metric, labels, self.outcome.held_probabilities),
+                "probe": metric_value(self.plan.metric, labels, probed),
                 "fine_tuned": metric_value(self.plan.metric, labels, tuned),
                 **gain,
                 "replaces_probe": bool(wins),
@@ -254,26 +323,31 @@ class Tuner:
         third of the epochs; models of folds were trained to decide only, so all stages start again from the probe.
         """
         rows = self.data.all_rows
-        start, goes_on = self._start(origin, rows), len(self.splits) == 1
-        end = ends[0] if goes_on else start
-        for chosen, depth in list(zip(rounds, self.freezing, strict=True))[-1 if goes_on else 0 :]:
+        start, goes_on = self._start(origin, rows), self._goes_on
+        end, began = ends[0] if goes_on else start, time.monotonic()
+        for chosen in rounds[-1 if goes_on else 0 :]:
             stage, rate, epochs, stop_after = chosen["stage"], chosen["rate"], chosen["epochs"], chosen["used"]
             if goes_on:
                 rate, epochs, stop_after = rate / 3, max(2, round(stop_after / 3)), None
             self.progress.phase(f"{stage.name}, refit on train and validation part")
-            run = None
-            if self.clock.remaining() > 1.2 * (stop_after or epochs) * len(rows) * chosen["seconds_per_image"]:
+            steps = -(-len(rows) // self.plan.batch_size)
+            epoch_seconds = max(len(rows) * chosen["seconds_per_image"], steps * chosen["pace"].step_seconds)
+            run, seconds = None, (stop_after or epochs) * epoch_seconds
+            if chosen["plan"].refit and self.clock.remaining() > seconds:
                 # With one stage the freeze state is still its own, and so is the compiled step.
-                trainer = chosen["trainer"] if len(rounds) == 1 else self._trainer(stage, depth)
+                trainer = chosen["trainer"] if len(rounds) == 1 else self.trainers.make(chosen["index"])
                 run = self._trained(
                     f"{stage.name}, refit", "refit", trainer, end, rows, rate,
                     epochs=epochs, stop_after=stop_after, seed=self.plan.seed + 1, callbacks=self.callbacks,
                 )  # fmt: skip
-            if run is None or len(run.history) < (stop_after or epochs):
+            if run is None or self._watch.stopped:
                 self.outcome.selection["refit"] = "left out: the time limit did not allow it"
+                self.outcome.left_out["the refit on train and validation part"] = "the time limit did not allow it"
                 return None
             self._log(f"{stage.name} (refit)", run)
             end = run.weights
+        if self.clock.limited:
+            self.outcome.selection["time_plan"][-1]["refit_seconds"] = time.monotonic() - began
         self.outcome.selection["refit"] = "train and validation part"
         return self._cooled(interpolate(start, end, share))
 
@@ -291,6 +365,11 @@ class Tuner:
 
 def _with_head(weights, head: LinearHead, temperature: float) -> list[np.ndarray]:
     return [*weights[:-2], head.kernel / temperature, head.bias / temperature]
+
+
+def _told(loss: float) -> float | None:
+    """For JSON, which has no infinity: None where a rate was so high that its loss was no number."""
+    return loss if np.isfinite(loss) else None
 
 
 class _Epochs(keras.callbacks.Callback):

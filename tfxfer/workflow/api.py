@@ -18,25 +18,32 @@ from tfxfer.runtime.images import decode_images
 from tfxfer.runtime.progress import Lines, Progress
 from tfxfer.sources.catalog import list_sources
 from tfxfer.specs import Certificate, Recipe, Source
+from tfxfer.train.distribute import Devices
 from tfxfer.train.journal import SAVE_EVERY_SECONDS
 from tfxfer.workflow.planning import make_plan
 from tfxfer.workflow.run import Run, as_run, write_info
+from tfxfer.workflow.samples import NUM_SAMPLES
 from tfxfer.workflow.scoring import image_files
-from tfxfer.workflow.training import FORMATS, NUM_SAMPLES, train
+from tfxfer.workflow.together import together
+from tfxfer.workflow.training import FORMATS, train
 
 
 def fit(
     model_or_source: keras.Model | str | None = None,
     data: Any = None,
-    recipe: str | Recipe | None = None,
+    recipe: str | Path | Recipe | None = None,
     *,
     method: str | None = None,
+    probe: str | None = None,
+    features: str | None = None,
+    precision: str | None = None,
     freeze_depth: int | float | str | None = None,
     epochs: int | None = None,
-    learning_rate: float | None = None,
+    learning_rate: float | str | None = None,
     batch_norm: str | None = None,
     callbacks: Sequence[keras.callbacks.Callback] = (),
     augment: str | None = None,
+    views: int | None = None,
     metric: str | None = None,
     batch_size: int | None = None,
     image_size: int | None = None,
@@ -53,11 +60,13 @@ def fit(
     input_range: str | None = None,
     partial: bool | None = None,
     trust: Sequence[str] | None = None,
+    drop_class: Sequence[str] | None = None,
     formats: Sequence[str] = FORMATS,
     config: str | Path | None = None,
     out: str | Path | None = None,
     resume: bool = False,
     checkpoint_seconds: float = SAVE_EVERY_SECONDS,
+    strategy: Any = "auto",
     progress: Progress | None = None,
 ) -> Run:
     """Transfer a source to labelled images: train, choose, score, export, verify, and compare with baselines.
@@ -65,15 +74,26 @@ def fit(
     Args:
         model_or_source: A model of `build_model`, or a source as `get_source` takes it; EfficientNet-Lite0 by default.
         data: A `Dataset`, or whatever `load_data` takes.
-        recipe: "auto" (probe, then the last blocks from the probe's solution), "probe", "full", or a `Recipe`.
-        method: "fine_tune" (all stages; the default) or "probe" (convex stages only).
+        recipe: "auto" (the default), "probe", "full", "gradual", "affine" or "bit", see the README; a TOML file with
+            stages; or a `Recipe`.
+        method: "fine_tune" (all stages; the default) or "probe" (the head on frozen features only).
+        probe: How that head is solved: "convex" (logistic regression), "ridge" or "prototype".
+        features: What that head reads: "last" (the last block), "multi" (several blocks, pooled), or "auto" (the
+            default: several where held-out images say so).
+        precision: What fine-tuning computes in: "auto" (the default: what is quicker by measurement), "float32",
+            "bfloat16", or on GPUs "float16"; weights, scores and exports are float32.
         freeze_depth: Frozen while fine-tuning: leading blocks by count, share (0.7), name or "all"; or "re:PATTERN",
             any layers with such names.
         epochs: Of fine-tuning; by default six, more where images are few.
-        learning_rate: Peak; by default the best of three, measured.
+        learning_rate: Peak, by default the best of three, measured; or "find": a range test of 100 steps at growing
+            rates suggests one for each stage (`lr_find.csv` and `lr_find.png` in the run).
         batch_norm: "frozen" (default), "affine", "adapt" or "train".
         callbacks: Keras callbacks for the fine-tuning epochs, which are numbered through.
-        augment: "auto" (default), "mirror" or "none".
+        augment: "auto" (default: mirrored images too, unless the probe gets worse by them), "mirror", "rand"
+            (RandAugment and mirrored) or "none".
+        views: With "rand", where blocks are frozen: views of each image, the plain one counted, that are computed once
+            and drawn from in each epoch, default 4. Where none is frozen, or making them anew is quicker, each epoch
+            has new ones.
         metric: Selected for: "accuracy" (default), "macro_f1" or "balanced_accuracy".
         batch_size: Images a step, default 32.
         image_size: Side in pixels; by default that of `data` where it was loaded with one, else the source's own.
@@ -84,7 +104,9 @@ def fit(
         near_duplicates: Which images stay together: "on" (default), "turned" (also turned, mirrored and shifted
             copies, such as augmented data), or "off".
         split: A split.csv to reuse.
-        time_limit: Seconds of training, kept between epochs.
+        time_limit: Seconds from this call to its end, of any number of seeds and of the baseline from scratch too.
+            Steps are measured, and rates, folds, epochs and refit planned to fit; what does not is left out by name
+            (`run.info["time_limit"]`). A probe, its score and its exports are made however short the time is.
         baseline: "quick" (default), "scratch" or "none".
         num_seeds: Repetitions of both sides of the baseline comparison, default 1.
         weights: File with the source's weights, where they are not its own.
@@ -92,16 +114,22 @@ def fit(
             default what is known of it.
         partial: Whether the source's weights may be loaded in part; run.json has the report.
         trust: Modules of your own code that custom objects in a model file may come from.
+        drop_class: Classes to let go of the run that is continued: source "run:OLD" goes on with OLD, whose classes
+            keep their numbers and whose images their parts; `run.info["continued"]` compares the two models.
         formats: Exports; () for none.
         config: A run's config.toml to start from; arguments win over it.
         out: The run's folder; `runs/NAME-N` by default.
         resume: Go on with the run in `out`, which was killed, interrupted or ran into an error; of a complete one
             nothing is done again. Everything else must be as it was.
         checkpoint_seconds: What a kill may cost: the state of training is saved that often.
+        strategy: What takes the training steps: "none" (one device), "mirrored" (all GPUs of this machine),
+            "multi_worker" (the machines of TF_CONFIG, each of which calls `fit`), "auto" (the default: what there is),
+            or a `tf.distribute` strategy of the two kinds. `batch_size` is that of all devices together.
         progress: Told about phases; lines on stderr by default, `tfxfer.Progress()` for silence.
 
     Returns:
-        The run, complete on disk.
+        The run, complete on disk. Of several machines the first one trains and writes it, with the help of the others,
+        whose run has its path; their callbacks and data are not looked at.
 
     Raises:
         InputError: Where an argument or the data is wrong.
@@ -118,36 +146,43 @@ def fit(
     """
     if data is None:
         raise InputError("fit needs data: a folder, a CSV, a DataFrame, arrays, a tf.data.Dataset or a Dataset.")
-    model, card = (model_or_source if isinstance(model_or_source, keras.Model) else None), None
-    source = model_or_source
-    if model is not None:
-        card = _card_of(model)
-        source = card.name
-        image_size = _image_size_of(model, image_size)
-    if isinstance(data, Dataset) and image_size is None:
-        image_size = data.image_size
-    plan = make_plan(
-        config, card, source=source, recipe=recipe, method=method, freeze_depth=freeze_depth, epochs=epochs,
-        learning_rate=learning_rate, batch_norm=batch_norm, augment=augment, metric=metric, batch_size=batch_size,
-        image_size=image_size, dropout=dropout, seed=seed, val_fraction=val_fraction, group_by=group_by,
-        near_duplicates=near_duplicates,
-        time_limit_seconds=time_limit, baseline=baseline, num_seeds=num_seeds,
-        weights=None if weights is None else str(weights), input_range=input_range, partial=partial,
-        trust=None if trust is None else tuple(trust),
-    )  # fmt: skip
-    return train(
-        data,
-        plan,
-        model=model,
-        card=card,
-        out=out,
-        split=split,
-        callbacks=callbacks,
-        formats=formats,
-        progress=progress or Lines(),
-        resume=resume,
-        checkpoint_seconds=checkpoint_seconds,
-    )
+
+    def here(devices: Devices) -> Run:
+        model, card = (model_or_source if isinstance(model_or_source, keras.Model) else None), None
+        source, size_px = model_or_source, image_size
+        if model is not None:
+            card = _card_of(model)
+            source = card.name
+            size_px = _image_size_of(model, size_px)
+        if isinstance(data, Dataset) and size_px is None:
+            size_px = data.image_size
+        plan = make_plan(
+            config, card, data=data, source=source, recipe=recipe, method=method,
+            probe=probe, features=features, precision=precision, freeze_depth=freeze_depth,
+            epochs=epochs, learning_rate=learning_rate,
+            batch_norm=batch_norm, augment=augment, views=views,
+            metric=metric, batch_size=batch_size, image_size=size_px,
+            dropout=dropout, seed=seed, val_fraction=val_fraction, group_by=group_by, near_duplicates=near_duplicates,
+            time_limit_seconds=time_limit, baseline=baseline, num_seeds=num_seeds, weights=None if weights is None else
+            str(weights), input_range=input_range, partial=partial, trust=None if trust is None else tuple(trust),
+            drop_class=None if drop_class is None else tuple(drop_class),
+        )  # fmt: skip
+        return train(
+            data,
+            plan,
+            model=model,
+            card=card,
+            out=out,
+            split=split,
+            callbacks=callbacks,
+            formats=formats,
+            progress=progress or Lines(),
+            resume=resume,
+            checkpoint_seconds=checkpoint_seconds,
+            strategy=devices,
+        )
+
+    return together(strategy, here)
 
 
 def export(

@@ -6,6 +6,7 @@ from typing import Any
 
 from tfxfer.data.load import look_over
 from tfxfer.specs import Plan, Source, depth_of
+from tfxfer.workflow.continuing import look_ahead
 from tfxfer.workflow.planning import auto_depth, source_of
 
 
@@ -50,9 +51,11 @@ def dry_run(data: Path, plan: Plan) -> dict[str, Any]:
 
     Returns:
         `source`, `class_names`, `load_report` as `describe_source`, and `stages`: name, freeze depth, batch_norm,
-        num_parameters, num_trainable, and `layers`: layer, block, num_parameters, num_trainable each.
+        num_parameters, num_trainable, and `layers`: layer, block, num_parameters, num_trainable each. Where a run is
+        continued also `continued`: which classes and how many images are kept, new, dropped.
     """
     names = look_over(data)
+    continued = look_ahead(data, names, plan)
     from tfxfer.model.build import assemble
     from tfxfer.model.freeze import freeze, list_layers
 
@@ -61,19 +64,23 @@ def dry_run(data: Path, plan: Plan) -> dict[str, Any]:
     model = assemble(backbone, card, list(names), dropout=plan.dropout)
     stages = []
     for stage in plan.recipe.stages:
-        if plan.method == "probe" and stage.solver != "convex":
+        if plan.method == "probe" and not stage.is_probe:
             continue
-        depth = "all" if stage.solver == "convex" else stage.freeze_depth
+        depth = "all" if stage.is_probe else stage.freeze_depth
         depth = auto_depth(card) if depth == "auto" else depth
-        layers = list_layers(freeze(model, depth, batch_norm=stage.batch_norm))
+        batch_norm = "frozen" if stage.batch_norm == "auto" else stage.batch_norm
+        layers = list_layers(freeze(model, depth, batch_norm=batch_norm))
         stages.append(
             {
                 "name": stage.name,
                 "freeze_depth": depth,
-                "batch_norm": stage.batch_norm,
+                "batch_norm": batch_norm,
                 "num_parameters": sum(layer.num_parameters for layer in layers),
                 "num_trainable": sum(layer.num_trainable for layer in layers),
                 "layers": [dataclasses.asdict(layer) for layer in layers],
             }
         )
-    return {"source": plan.source, "class_names": list(names), "stages": stages, **report}
+    if continued:
+        kinds = continued["continued"]["classes"]
+        names = (*kinds["kept"], *kinds["new"])
+    return {"source": plan.source, "class_names": list(names), "stages": stages, **report, **continued}

@@ -14,6 +14,7 @@ import numpy as np
 from tfxfer.data.values import as_images
 from tfxfer.errors import CheckError, InputError
 from tfxfer.runtime.files import atomic_path, sha256_of_file, write_json
+from tfxfer.runtime.store import Rows
 from tfxfer.sources.safety import check_finite, check_keras_archive
 from tfxfer.specs import Plan
 from tfxfer.train.lock import check_free
@@ -21,6 +22,7 @@ from tfxfer.train.lock import check_free
 RUN_FILE = "run.json"
 MODEL_FILE = "model.keras"
 CHECKPOINTS = "checkpoints"
+CONFIG_FILE = "config.toml"
 
 
 class Run:
@@ -90,7 +92,7 @@ class Run:
         path = self.path / "exports" / "model.onnx"
         return path if path.is_file() else None
 
-    def predict(self, images: np.ndarray | Sequence, top_k: int | None = None) -> Any:
+    def predict(self, images: Rows | Sequence, top_k: int | None = None) -> Any:
         """Predict on paths or arrays, with the ONNX artifact where there is one (no TensorFlow is imported then).
 
         Args:
@@ -121,16 +123,15 @@ class Run:
         return functools.partial(predict_with_keras, self.model, self.info["plan"]["image_size"])
 
 
-def predict_with_keras(model: Any, size_px: int, images: np.ndarray | Sequence) -> np.ndarray:
+def predict_with_keras(model: Any, size_px: int, images: Rows | Sequence) -> np.ndarray:
     """Probabilities by a Keras model for what `Run.predict` takes."""
+    from tfxfer.model.predict import predict_in_batches
     from tfxfer.runtime.images import decode_image, resize_image
 
-    if not isinstance(images, np.ndarray):
+    if not hasattr(images, "shape"):
         pixels = [resize_image(i, size_px) if isinstance(i, np.ndarray) else decode_image(i, size_px) for i in images]
         images = np.stack(pixels) if pixels else np.zeros((0, size_px, size_px, 3), np.uint8)
-    if not len(images):
-        return np.zeros((0, model.output_shape[-1]), np.float32)
-    return model.predict(images, verbose=0, batch_size=64)
+    return predict_in_batches(model, images)
 
 
 def _loaded(path: Path, trusted: Sequence[str], kind: str) -> Any:
@@ -230,6 +231,18 @@ def begun_run(out: str | Path | None, plan: Plan) -> Run:
             "into another --out."
         )
     return run
+
+
+def begun_config(out: str | Path) -> Path:
+    """The plan of a run that is to be gone on with.
+
+    Raises:
+        InputError: Where none was begun there.
+    """
+    config = Path(out) / CONFIG_FILE
+    if not config.is_file():
+        raise InputError(f"{out} is no run that was begun: it has no {CONFIG_FILE}; drop --resume to train anew.")
+    return config
 
 
 def _status(folder: Path) -> str:

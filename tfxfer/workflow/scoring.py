@@ -57,7 +57,7 @@ def evaluate(
     found = load_test_data(data, run.class_names, group_by=group_by, image_size=size, on_progress=progress.update)
     test = found.part("test")
     progress.phase("predicting")
-    probabilities = run.predict(found.pixels("test", size))
+    probabilities = run.predict(found.pixel_rows("test", size))
     scores = score(
         test.labels, probabilities, run.class_names, groups=test.groups, weights=test.weights,
         seed=run.info["plan"]["seed"],

@@ -12,7 +12,8 @@ import numpy as np
 import pytest
 
 from tfxfer.errors import CheckError, InputError
-from tfxfer.features.store import RowStore, TooLargeForFloat16, choose_dtype
+from tfxfer.features.precision import choose_dtype
+from tfxfer.runtime.store import RowStore, TooLargeForFloat16
 
 WAYS = ("file", "temporary", "memory")
 
@@ -331,7 +332,7 @@ def test_peak_memory_does_not_grow_with_the_store(tmp_path):
         import re, sys
         from pathlib import Path
         import numpy as np
-        from tfxfer.features.store import RowStore
+        from tfxfer.runtime.store import RowStore
 
         def peak_mb():  # of this process image; getrusage would begin at the peak of the process that started it
             return int(re.search(r"VmHWM:\\s+(\\d+) kB", Path("/proc/self/status").read_text())[1]) / 1e3
