@@ -80,7 +80,7 @@ def test_times(text, seconds):
 
 @pytest.mark.parametrize("text", ["", "m", "-3", "0", "five", "nan", "inf", "3d"])
 def test_what_is_no_time(text):
-    with pytest.raises(InputError, match=r"is not a time; write seconds, or 5m, or 1h"):
+    with pytest.raises(InputError, match=r"is not a time above zero; write seconds, or 5m, or 1h"):
         parse_seconds(text)
 
 
@@ -366,7 +366,9 @@ def test_ctrl_c_exits_with_130_and_the_best_model_kept(digits_folder, tmp_path, 
     out = tmp_path / "run"
     status, _, err = tfxfer("train", digits_folder, "--source", "digits_cnn", "--epochs", 2, "--lr", 1e-3, "--out", out)
     assert status == 130
-    assert err.splitlines()[-1] == f"tfxfer: Interrupted; the best model so far is {out / 'model.keras'}."
+    assert err.splitlines()[-1] == (
+        f"tfxfer: Interrupted; the best model so far is {out / 'model.keras'}; go on with --resume."
+    )
     image = next((digits_folder / "test" / "two").iterdir())
     assert tfxfer("predict", out, image)[0] == 0
 

@@ -9,7 +9,7 @@ import time
 
 import pytest
 
-from tfxfer.runtime.process import end_after_sigterm
+from tfxfer.runtime.process import end_after_sigterm, ended_by
 
 CODE = """
 import hashlib, signal, sys, time
@@ -49,3 +49,18 @@ def test_a_process_that_hears_of_none_in_time_lives_on():
         assert threading.active_count() == threads and signal.set_wakeup_fd(-1) == -1
     finally:
         signal.signal(signal.SIGTERM, before)
+
+
+def test_a_signal_ends_a_wait_in_native_code_and_the_handlers_are_back_afterwards():
+    code = CODE.replace('end_after_sigterm(0.5, "went")', "ended_by(signal.SIGTERM)")
+    code = code.replace("import end_after_sigterm", "import ended_by").format(handler="sys.exit(3)", work=BUSY)
+    process = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True)
+    assert process.stdout.readline() == "ready\n"
+    time.sleep(0.1)
+    process.send_signal(signal.SIGTERM)
+    assert process.wait(5) == -signal.SIGTERM
+
+    before = signal.getsignal(signal.SIGINT)
+    with ended_by(signal.SIGINT):
+        assert signal.getsignal(signal.SIGINT) is signal.SIG_DFL
+    assert signal.getsignal(signal.SIGINT) is before

@@ -42,7 +42,7 @@ def test_losses_and_weights_are_those_of_one_device(found, case):
     """Steps of 1e-3 to 1e-1 differ by the order of float sums; statistics of BatchNorm by a little more."""
     told = found[case]
     assert told["moved"] > (1e-4 if "clipped" in case else 5e-3) and told["epochs"] == 6
-    share, loss = (0.2, 5e-3) if "bfloat16" in case else (2e-3, 2e-5)  # its numbers have three digits
+    share, loss = (0.2, 5e-3) if "bfloat16" in case else (5e-3, 2e-5)  # its numbers have three digits
     assert told["weights"] < share * told["moved"] and told["losses"] < loss, told
 
 

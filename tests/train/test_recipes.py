@@ -42,7 +42,7 @@ def test_a_recipe_of_one_s_own_is_a_file(tmp_path):
         (None, "Cannot read .*mine.toml: No such file"),
         ("[[stages", "mine.toml is not a TOML file"),
         ("epochs = 3", "mine.toml is no recipe: Unknown key 'epochs' in the recipe"),
-        ("", "mine.toml is no recipe: The recipe is not complete"),
+        ("", "mine.toml is no recipe: The recipe is not complete: it needs 'stages'."),
         (OWN.replace("freeze_depth", "freeze_deep"), "mine.toml is no recipe: .*Did you mean 'freeze_depth'"),
         (OWN + 'schedule = "cosin"', "mine.toml is no recipe: Stage 'last': schedule must be one of cosine"),
         ("stages = 3", "mine.toml is no recipe: .*stages must be a list of tables"),

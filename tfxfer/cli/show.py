@@ -133,7 +133,7 @@ def print_run(info: dict[str, Any], folder: Any) -> None:
         table.add_row(name, text)
     if "auto" in info["selection"]:
         table.add_row("recipe", info["selection"]["auto"]["rule"])
-    table.add_row("chosen", info["chosen"].replace("_", "-"))
+    table.add_row("chosen", _chosen(info))
     audit = info["freeze_audit"]
     frozen = f"{audit['freeze_depth']} of {audit['num_blocks']} blocks, bit-identical after training"
     table.add_row("frozen", frozen if audit["freeze_depth"] else "nothing")
@@ -157,6 +157,18 @@ def print_run(info: dict[str, Any], folder: Any) -> None:
     stdout.print(table)
     for warning in info.get("warnings", ()):
         stdout.print(f"SplitMismatchWarning: {warning}")
+
+
+def _chosen(info: dict[str, Any]) -> str:
+    """What the model is, and where fine-tuning was tried in vain, by how much."""
+    name = info["chosen"].replace("_", "-")
+    tried = info["selection"].get("fine_tune_against_probe")
+    if tried is None or tried["replaces_probe"]:
+        return name
+    return (
+        f"{name}: fine-tuning was tried, held-out {tried['metric'].replace('_', ' ')} {tried['fine_tuned']:.3f} "
+        f"against {tried['probe']:.3f} of the probe, standard error {tried['standard_error']:.3f}"
+    )
 
 
 def print_freezing(found: dict[str, Any]) -> None:

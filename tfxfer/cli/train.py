@@ -11,6 +11,7 @@ from tfxfer.cli.show import Live, print_freezing, print_json, print_run, quiet_l
 from tfxfer.errors import InputError
 from tfxfer.runtime.cluster import cluster_for
 from tfxfer.runtime.process import end_after_sigterm
+from tfxfer.runtime.progress import Lines
 
 NAME = "train"
 HELP = "Fine-tune a pretrained source on labelled images; score, export, verify and judge the result."
@@ -168,7 +169,7 @@ def _together(strategy: str, work: Callable[[Any], Any]) -> Any:
     from tfxfer.workflow.together import together
 
     decide_always_alike()
-    return together(strategy, work)
+    return together(strategy, work, Lines())
 
 
 def _trained(data: Path, config: Path | None, options: dict[str, Any], out, print_config: bool, **more: Any) -> Any:
@@ -207,5 +208,5 @@ def parse_seconds(text: str | None) -> float | None:
     except ValueError:
         seconds = -1.0
     if not 0 < seconds < float("inf"):
-        raise InputError(f"{text!r} is not a time; write seconds, or 5m, or 1h.")
+        raise InputError(f"{text!r} is not a time above zero; write seconds, or 5m, or 1h.")
     return seconds

@@ -64,6 +64,24 @@ def end_after_sigterm(seconds: float, told: str) -> Iterator[None]:
         os.close(writing)
 
 
+@contextlib.contextmanager
+def ended_by(*signals: int) -> Iterator[None]:
+    """These signals end the process at once, as where Python is not there.
+
+    For waits in native code: Python's handlers would run only after them.
+    """
+    if threading.current_thread() is not threading.main_thread():
+        yield  # only the main thread may set handlers
+        return
+    before = {number: signal.signal(number, signal.SIG_DFL) for number in signals}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            if handler is not None:  # None: one that Python did not set and cannot set again
+                signal.signal(number, handler)
+
+
 def versions() -> dict[str, str]:
     """Versions of Python, of the packages that matter, and of the machine."""
     found = {"python": platform.python_version(), "machine": f"{platform.system()} {platform.machine()}"}

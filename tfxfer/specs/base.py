@@ -27,10 +27,10 @@ class Spec:
                 raise InputError(f"Unknown key {key!r} in the {cls.what}. {did_you_mean(key, fields)}")
         for key, value in values.items():
             _check_type(f"{key!r} in the {cls.what}", value, fields[key].type)
-        try:
-            return cls(**{key: _frozen(value) for key, value in values.items()})
-        except TypeError as error:
-            raise InputError(f"The {cls.what} is not complete: {error}.") from None
+        needed = [name for name, field in fields.items() if _is_required(field) and name not in values]
+        if needed:
+            raise InputError(f"The {cls.what} is not complete: it needs {', '.join(map(repr, needed))}.")
+        return cls(**{key: _frozen(value) for key, value in values.items()})
 
     def to_dict(self) -> dict[str, Any]:
         """A plain dict, of what TOML and JSON can hold; `None` is left out."""
@@ -39,6 +39,10 @@ class Spec:
             for field in dataclasses.fields(self)  # type: ignore[arg-type]
             if getattr(self, field.name) is not None
         }
+
+
+def _is_required(field: dataclasses.Field) -> bool:
+    return field.init and field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING
 
 
 _TYPES: dict[Any, tuple[tuple[type, ...], str]] = {

@@ -80,9 +80,9 @@ class Plan(Spec):
             isinstance(self.seed, int) and 0 <= self.seed < 2**31,
             f"seed must be a whole number from 0 to {2**31 - 1}, not {self.seed!r}.",
         )
-        need(self.image_size >= 1, f"image_size must be at least 1 pixel, not {self.image_size}.")
+        need(self.image_size >= 1, f"the image size must be at least 1 pixel, not {self.image_size}.")
         need(0 <= self.dropout < 1, f"dropout must lie in [0, 1), not {self.dropout}.")
-        need(self.batch_size >= 1, f"batch_size must be at least 1, not {self.batch_size}.")
+        need(self.batch_size >= 1, f"the batch size must be at least 1, not {self.batch_size}.")
         need(self.metric in METRICS, f"metric must be one of {', '.join(METRICS)}, not {self.metric!r}.")
         need(
             self.features in ("last", "multi", "auto"),
@@ -100,7 +100,7 @@ class Plan(Spec):
             self.precision in PRECISIONS,
             f"precision must be one of {', '.join(PRECISIONS)}, not {self.precision!r}.",
         )
-        need(0 < self.val_fraction < 1, f"val_fraction must lie between 0 and 1, not {self.val_fraction}.")
+        need(0 < self.val_fraction < 1, f"the validation fraction must lie between 0 and 1, not {self.val_fraction}.")
         need(
             self.baseline in ("quick", "scratch", "none"),
             f"baseline must be 'quick', 'scratch' or 'none', not {self.baseline!r}.",
@@ -110,4 +110,4 @@ class Plan(Spec):
             f"near_duplicates must be 'on', 'turned' or 'off', not {self.near_duplicates!r}.",
         )
         need(self.time_limit_seconds >= 0, "time_limit_seconds must not be negative.")
-        need(self.num_seeds >= 1, f"num_seeds must be at least 1, not {self.num_seeds}.")
+        need(self.num_seeds >= 1, f"the number of seeds must be at least 1, not {self.num_seeds}.")

@@ -88,9 +88,10 @@ class Stage(Spec):
         solvers = (*PROBE_SOLVERS, *OPTIMIZERS)
         need(self.solver in solvers, f"{where}: solver must be one of {', '.join(solvers)}, not {self.solver!r}.")
         need(self.epochs >= (not self.is_probe), f"{where}: epochs must be at least 1, not {self.epochs}.")
+        rates = ", ".join(map(str, self.learning_rates)) or "none"
         need(
             bool(self.learning_rates) and all(0 < rate < 10 for rate in self.learning_rates),
-            f"{where}: learning rates must lie between 0 and 10.",
+            f"{where}: learning rates must lie between 0 and 10, not {rates}.",
         )
         need(0 <= self.warmup_share < 1, f"{where}: warmup_share must lie in [0, 1).")
         need(0 <= self.label_smoothing < 1, f"{where}: label_smoothing must lie in [0, 1).")

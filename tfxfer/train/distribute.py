@@ -3,6 +3,7 @@
 import contextlib
 import dataclasses
 import functools
+import signal
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -13,6 +14,7 @@ import tensorflow as tf
 from tfxfer.errors import CheckError, InputError
 from tfxfer.features.extract import Engine
 from tfxfer.runtime.cluster import VARIABLE, Cluster, cluster_for, read_cluster
+from tfxfer.runtime.process import ended_by
 from tfxfer.specs import Stage
 from tfxfer.train.batches import Batch
 from tfxfer.train.crew import Crew, Member, build_step, packed_share
@@ -205,7 +207,8 @@ def choose_devices(asked: "str | tf.distribute.Strategy | Devices" = "auto") -> 
 def _several_machines(cluster: Cluster) -> Devices:
     """Once a process: TensorFlow joins a cluster when it starts, and never again."""
     try:
-        strategy = tf.distribute.MultiWorkerMirroredStrategy()
+        with ended_by(signal.SIGINT):  # SIGTERM TensorFlow takes for itself until all are there
+            strategy = tf.distribute.MultiWorkerMirroredStrategy()
     except RuntimeError as error:
         raise InputError(
             f"{VARIABLE} names {len(cluster.addresses)} workers, but TensorFlow is at work here already ({error}); "

@@ -182,7 +182,7 @@ def fit(
             strategy=devices,
         )
 
-    return together(strategy, here)
+    return together(strategy, here, progress or Lines())
 
 
 def export(

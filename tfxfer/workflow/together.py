@@ -1,13 +1,14 @@
 """One job of several processes: the chief does it, the others help, and all end alike."""
 
-import contextlib
 import signal
-import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from tfxfer.errors import CheckError, InputError, Interrupted, Terminated
+from tfxfer.runtime.cluster import cluster_for
+from tfxfer.runtime.process import ended_by
+from tfxfer.runtime.progress import Progress
 from tfxfer.train.crew import Member
 from tfxfer.train.distribute import Devices, choose_devices
 from tfxfer.workflow.run import Run
@@ -17,12 +18,13 @@ ENDS: dict[str, type[BaseException]] = {
 }
 
 
-def together(strategy: Any, work: Callable[[Devices], Run]) -> Run:
+def together(strategy: Any, work: Callable[[Devices], Run], progress: Progress) -> Run:
     """Do the work where this process is the chief, or the only one; else help until the chief has done it.
 
     Args:
         strategy: As `choose_devices` takes it.
         work: What gives the run.
+        progress: Told whom this process waits for.
 
     Returns:
         The run. A helper's has the chief's path, which may be on another machine.
@@ -31,6 +33,10 @@ def together(strategy: Any, work: Callable[[Devices], Run]) -> Run:
         InputError, CheckError, Interrupted, Terminated: What the work raises, on all workers.
         WorkerLost: Where another worker is gone.
     """
+    cluster = cluster_for(strategy)
+    if cluster is not None:
+        others = [address for index, address in enumerate(cluster.addresses) if index != cluster.index]
+        progress.phase(f"waiting for the other workers, {', '.join(others)}; Ctrl-C gives up")
     devices = choose_devices(strategy)
     if devices.member is not None:
         return _help(devices.member)
@@ -47,21 +53,8 @@ def together(strategy: Any, work: Callable[[Devices], Run]) -> Run:
 
 
 def _help(member: Member) -> Run:
-    with _interruptible():
+    with ended_by(signal.SIGINT):
         told = member.serve()
     if "error" in told:
         raise ENDS[told["error"]](told["sentence"])
     return Run(Path(told["path"]), told["info"])
-
-
-@contextlib.contextmanager
-def _interruptible() -> Iterator[None]:
-    """Ctrl-C ends the process: waiting for another worker, Python would not hear of it."""
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-    before = signal.signal(signal.SIGINT, signal.SIG_DFL)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGINT, before)

@@ -152,7 +152,9 @@ class _Job:
                     _empty(self.folder)  # nothing was trained: the name is free again
             elif isinstance(error, KeyboardInterrupt):
                 self._write("interrupted")
-                raise Interrupted(f"Interrupted; the best model so far is {self.folder / MODEL_FILE}.") from None
+                raise Interrupted(
+                    f"Interrupted; the best model so far is {self.folder / MODEL_FILE}; go on with --resume."
+                ) from None
             raise
         finally:
             if (self.folder / MODEL_FILE).exists() and not (self.folder / "exports").exists():
