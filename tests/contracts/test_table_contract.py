@@ -20,6 +20,7 @@ TABLES = {
     "EXPORTERS": ("exporters/__init__.py", False),
     "METHODS": ("methods/__init__.py", False),
     "READERS": ("data/__init__.py", True),
+    "SCORES": ("select/scores/__init__.py", False),
 }
 
 
