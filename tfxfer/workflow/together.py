@@ -18,13 +18,13 @@ ENDS: dict[str, type[BaseException]] = {
 }
 
 
-def together(strategy: Any, work: Callable[[Devices], Run], progress: Progress) -> Run:
+def together(strategy: Any, work: Callable[[Devices], Run], progress: Progress | None = None) -> Run:
     """Do the work where this process is the chief, or the only one; else help until the chief has done it.
 
     Args:
         strategy: As `choose_devices` takes it.
         work: What gives the run.
-        progress: Told whom this process waits for.
+        progress: Told whom this process waits for; silence by default.
 
     Returns:
         The run. A helper's has the chief's path, which may be on another machine.
@@ -36,7 +36,7 @@ def together(strategy: Any, work: Callable[[Devices], Run], progress: Progress) 
     cluster = cluster_for(strategy)
     if cluster is not None:
         others = [address for index, address in enumerate(cluster.addresses) if index != cluster.index]
-        progress.phase(f"waiting for the other workers, {', '.join(others)}; Ctrl-C gives up")
+        (progress or Progress()).phase(f"waiting for the other workers, {', '.join(others)}; Ctrl-C gives up")
     devices = choose_devices(strategy)
     if devices.member is not None:
         return _help(devices.member)
