@@ -25,6 +25,7 @@ _WHERE = {
     "SplitMismatchWarning": "tfxfer.metrics",
     "Stage": "tfxfer.specs",
     "TfxferError": "tfxfer.errors",
+    "TransferHyperModel": "tfxfer.tuning.hypermodel",
     "adapt_batch_norm": "tfxfer.model.freeze",
     "audit_frozen": "tfxfer.model.freeze",
     "build_model": "tfxfer.model.build",

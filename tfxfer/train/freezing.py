@@ -9,7 +9,14 @@ from tfxfer.features.cut import Cut, cut_model
 from tfxfer.features.extract import Extracted
 from tfxfer.model.blocks import list_blocks
 from tfxfer.model.freeze import Depth, adapt_batch_norm, freeze, leading_blocks
-from tfxfer.specs import Stage
+from tfxfer.specs import Source, Stage
+
+AUTO_SHARE = 0.7  # of the blocks of a source that has no card to say how many to freeze
+
+
+def auto_depth(card: Source) -> int | float:
+    """What freeze depth "auto" means for a source."""
+    return card.fine_tune_depth if card.fine_tune_depth >= 0 else AUTO_SHARE
 
 
 class Freezing:

@@ -15,6 +15,7 @@ from tfxfer.features.extract import Extracted
 from tfxfer.features.solvers import log_softmax
 from tfxfer.methods.averaging import WeightAverage
 from tfxfer.methods.schedule import SCHEDULES
+from tfxfer.metrics import metric_value
 from tfxfer.specs import Stage
 from tfxfer.train.batches import Batch, EpochBatches
 from tfxfer.train.distribute import Devices
@@ -303,11 +304,14 @@ class SuffixTrainer:
         own = sum(float(loss) for loss in self.suffix.losses)
         # The smoothed loss: the plain log loss would punish the caution that smoothing teaches.
         loss = -float((smooth * table).sum(1) @ weights) / len(held) + own
-        hits = table.argmax(1) == self.labels[held]
+        labels, found = self.labels[held], table.argmax(1)
+        hits = found == labels
         return {
             "val_loss": loss if np.isfinite(loss) else float("inf"),
             "val_accuracy": float(hits @ weights / weights.sum()),
             "val_log_loss": -float((targets * table).sum(1) @ weights / weights.sum()),
+            "val_macro_f1": metric_value("macro_f1", labels, predictions=found),
+            "val_balanced_accuracy": metric_value("balanced_accuracy", labels, predictions=found),
         }
 
     def _result(self, done: _Progress, learning_rate: float, held, count: int) -> Trained:

@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import keras
 import numpy as np
 
 from tfxfer.data import Dataset
@@ -16,6 +17,7 @@ from tfxfer.data.items import order_of_classes
 from tfxfer.data.load import content_digests
 from tfxfer.data.split_file import EarlierSplit, write_split
 from tfxfer.errors import InputError, did_you_mean
+from tfxfer.features.solvers import Anchor
 from tfxfer.model.predict import predict_in_batches
 from tfxfer.select.promotion import in_classes, judge_promotion
 from tfxfer.specs import Plan
@@ -169,6 +171,19 @@ class Continuing:
         """(N,) bool: which of these images runs before were trained on."""
         trained = self.earlier.split.trained_on()
         return np.array([digest in trained for digest in sha256], bool)
+
+    def taken_over(self, model: keras.Model) -> dict[str, Any]:
+        """For `training_data`: which images runs before have seen, and the head that the new one is held to.
+
+        Args:
+            model: As it was built, with the old head.
+        """
+        train, val = self.dataset.part("train"), self.dataset.part("val")
+        seen = self.seen((*train.sha256, *val.sha256))
+        if not self.continues:
+            return {"seen": seen}
+        kernel, bias = (np.where(self.known, value, 0.0) for value in model.get_layer("logits").get_weights())
+        return {"seen": seen, "anchor": Anchor(kernel.astype(np.float32), bias.astype(np.float32), self.known)}
 
     def describe(self) -> dict[str, Any]:
         """What run.json keeps, before anything is trained."""

@@ -6,8 +6,9 @@ from typing import Any
 
 from tfxfer.data.load import look_over
 from tfxfer.specs import Plan, Source, depth_of
+from tfxfer.train.freezing import auto_depth
 from tfxfer.workflow.continuing import look_ahead
-from tfxfer.workflow.planning import auto_depth, source_of
+from tfxfer.workflow.planning import source_of
 
 
 def describe_source(card: Source) -> dict[str, Any]:

@@ -16,7 +16,6 @@ from tfxfer.train.recipes import get_recipe
 from tfxfer.workflow.continuing import inherited
 
 DEFAULT_SOURCE = "efficientnet_lite0_imagenet"
-AUTO_SHARE = 0.7  # of the blocks of a source that has no card to say how many to freeze
 STAGE_KEYS = ("freeze_depth", "epochs", "learning_rate", "batch_norm", "probe")
 
 
@@ -101,11 +100,6 @@ def source_of(plan: Plan | Mapping[str, Any]) -> Source:
         partial=values.get("partial", False),
         trusted=values.get("trust", ()),
     )
-
-
-def auto_depth(card: Source) -> int | float:
-    """What freeze depth "auto" means for a source."""
-    return card.fine_tune_depth if card.fine_tune_depth >= 0 else AUTO_SHARE
 
 
 def _as_recipe(recipe: Any) -> Recipe:

@@ -32,14 +32,16 @@ from tfxfer.sources.catalog import load_with_report
 from tfxfer.specs import Plan, Source, Stage
 from tfxfer.train.distribute import Devices, choose_devices
 from tfxfer.train.forgetting import SourceHead
+from tfxfer.train.freezing import auto_depth
 from tfxfer.train.journal import SAVE_EVERY_SECONDS, Journal
 from tfxfer.train.lock import HOLDER_FILE, LOCK_FILE, training_lock
 from tfxfer.train.outcome import Outcome, TrainingData
 from tfxfer.train.stages import run_stages
+from tfxfer.train.training_data import training_data
 from tfxfer.train.wire import WorkerLost
 from tfxfer.workflow.continuing import Continuing, earlier_run
 from tfxfer.workflow.judging import Judge
-from tfxfer.workflow.planning import auto_depth, source_of
+from tfxfer.workflow.planning import source_of
 from tfxfer.workflow.rate_plot import write_rate_tests
 from tfxfer.workflow.run import (
     CHECKPOINTS,
@@ -55,7 +57,6 @@ from tfxfer.workflow.run_scores import held_scores, mismatch, scores_of_test
 from tfxfer.workflow.samples import samples_of
 from tfxfer.workflow.start import read_data
 from tfxfer.workflow.time_limit import ENDING_SECONDS, Speed, TimeLimit, other_seeds_seconds
-from tfxfer.workflow.training_data import training_data
 
 FORMATS = ("saved_model", "onnx")
 
@@ -163,7 +164,9 @@ class _Job:
 
     def _run(self) -> Run:
         model = self._build()
-        training = training_data(self.dataset, self.plan, model, self.continuing)
+        training = training_data(
+            self.dataset, self.plan, **(self.continuing.taken_over(model) if self.continuing else {})
+        )
         write_text(self.folder / CONFIG_FILE, tomli_w.dumps(self.plan.to_dict()))
         self.dataset.write_split(self.folder / "split.csv")
         if self.continuing:

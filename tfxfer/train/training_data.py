@@ -1,9 +1,5 @@
 """From a dataset to what training sees of it: train and validation part numbered through, and weights of the loss."""
 
-from collections.abc import Sequence
-from typing import Any
-
-import keras
 import numpy as np
 
 from tfxfer.data import Dataset
@@ -11,17 +7,17 @@ from tfxfer.errors import InputError
 from tfxfer.features.solvers import Anchor
 from tfxfer.specs import Plan
 from tfxfer.train.outcome import TrainingData
-from tfxfer.workflow.continuing import Continuing
 
 
-def training_data(dataset: Dataset, plan: Plan, model: keras.Model, continuing: Continuing | None) -> TrainingData:
+def training_data(
+    dataset: Dataset, plan: Plan, *, anchor: Anchor | None = None, seen: np.ndarray | None = None
+) -> TrainingData:
     """What training sees.
 
     Args:
         dataset: With a train and a validation part.
         plan: Image size, metric.
-        model: As it was built; of a run that is continued its head is what the new one is held to.
-        continuing: Of a run that is continued.
+        anchor, seen: Of a run that is continued, see `TrainingData`.
 
     Raises:
         InputError: Where all images of a class have weight 0.
@@ -46,17 +42,6 @@ def training_data(dataset: Dataset, plan: Plan, model: keras.Model, continuing: 
         num_classes=dataset.num_classes,
         may_pool="val" in dataset.split.get("fractions", {}),
         names=(*train.ids, *val.ids),
-        **_from_before(continuing, model, (*train.sha256, *val.sha256)),
+        anchor=anchor,
+        seen=seen,
     )
-
-
-def _from_before(continuing: Continuing | None, model: keras.Model, sha256: Sequence[str]) -> dict[str, Any]:
-    """What training takes over from the run that is continued: its head, and which images it has seen."""
-    if not continuing:
-        return {}
-    seen = continuing.seen(sha256)
-    if not continuing.continues:
-        return {"seen": seen}
-    known = continuing.known
-    kernel, bias = (np.where(known, value, 0.0) for value in model.get_layer("logits").get_weights())
-    return {"seen": seen, "anchor": Anchor(kernel.astype(np.float32), bias.astype(np.float32), known)}
