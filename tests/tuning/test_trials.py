@@ -16,7 +16,7 @@ from tfxfer.specs import Plan, Recipe, Stage
 from tfxfer.train.loop import SuffixTrainer
 from tfxfer.train.training_data import training_data
 from tfxfer.tuning.shared import SharedFeatures
-from tfxfer.tuning.trials import as_history, run_trial
+from tfxfer.tuning.trials import history_of, run_trial
 
 PROBE = Stage("probe", solver="convex", freeze_depth="all", epochs=0)
 
@@ -115,7 +115,7 @@ def test_of_several_stages_the_last_has_the_epochs_and_the_first_come_before_it(
 
 def test_the_history_has_every_number_of_the_validation_part(data):
     trial = run_trial(fresh_model(), plan_at(2), shared_of(data), 1)
-    history = as_history(trial)
+    history = history_of(trial.history)
     assert history.epoch == [0, 1]
     names = {"val_loss", "val_accuracy", "val_macro_f1", "val_balanced_accuracy", "val_log_loss"}
     assert names < set(history.history)

@@ -22,7 +22,7 @@ from tfxfer.train.training_data import training_data
 from tfxfer.tuning.callbacks import MedianRecord, MedianStopping
 from tfxfer.tuning.shared import Passes, SharedFeatures
 from tfxfer.tuning.space import Space, default_space, with_stage
-from tfxfer.tuning.trials import Trial, as_history, run_trial, stages_of
+from tfxfer.tuning.trials import Trial, history_of, run_trial, stages_of
 
 
 class SpaceError(InputError, keras_tuner.errors.FatalError):
@@ -175,7 +175,7 @@ class TransferHyperModel(keras_tuner.HyperModel):
         except (MemoryError, tf.errors.ResourceExhaustedError) as error:
             raise self._failed(hp, plan, f"memory did not suffice ({type(error).__name__})") from None
         self.records.append(Record(dict(hp.values), plan, trial, stopped_at=median.stopped_at if median else None))
-        return as_history(trial)
+        return history_of(trial.history)
 
     def shared(self, plan: Plan, data: Dataset) -> SharedFeatures:
         """What trials of this source at this size share on this data."""

@@ -2,8 +2,7 @@
 
 import dataclasses
 import time
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Mapping, Sequence
 
 import keras
 import numpy as np
@@ -150,10 +149,10 @@ def stages_of(plan: Plan) -> tuple[Stage, ...]:
     return stages
 
 
-def as_history(trial: Trial) -> Any:
+def history_of(epochs: Sequence[Mapping[str, float]]) -> keras.callbacks.History:
     """A Keras `History`, of which KerasTuner takes the best epoch by whatever its objective is."""
     history = keras.callbacks.History()
-    names = [name for name in trial.history[0] if name not in ("epoch", "learning_rate")]
-    history.history = {name: [epoch.get(name, float("nan")) for epoch in trial.history] for name in names}
-    history.epoch = [epoch["epoch"] for epoch in trial.history]
+    names = [name for name in epochs[0] if name not in ("epoch", "learning_rate")]
+    history.history = {name: [epoch.get(name, float("nan")) for epoch in epochs] for name in names}
+    history.epoch = [int(epoch["epoch"]) for epoch in epochs]
     return history

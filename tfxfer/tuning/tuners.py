@@ -1,0 +1,168 @@
+"""KerasTuner's tuners by name, with what a search keeps around each trial."""
+
+import contextlib
+import json
+import math
+import shutil
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import keras_tuner
+
+from tfxfer.errors import InputError
+from tfxfer.registry import lookup
+from tfxfer.runtime.files import atomic_path
+from tfxfer.tuning.hypermodel import TransferHyperModel
+from tfxfer.tuning.store import Finished, TrialStore
+from tfxfer.tuning.trials import history_of
+
+TUNERS: dict[str, Callable[[], type]] = {
+    "random": lambda: keras_tuner.RandomSearch,
+    "bayesian": lambda: keras_tuner.BayesianOptimization,
+    "grid": lambda: keras_tuner.GridSearch,
+    "hyperband": lambda: keras_tuner.Hyperband,
+}
+FACTOR = 3  # Hyperband's: of so many trials the best goes on, so many times as long
+STATE_FILES = ("oracle.json", "tuner0.json")
+
+
+class SearchEnded(Exception):
+    """No further trial is to begin."""
+
+
+class _Watched:
+    """What is mixed into a tuner: finished trials are kept, and none of them is computed twice."""
+
+    store: TrialStore
+    may_begin: Callable[[int], bool]
+    told: Callable[[Finished], None]
+    hypermodel: TransferHyperModel
+
+    def pre_create_trial(self) -> None:
+        super().pre_create_trial()  # type: ignore[misc]
+        if not self.may_begin(len(self.store.read_all())):
+            raise SearchEnded
+
+    def run_trial(self, trial: Any, *arguments: Any, **options: Any) -> Any:
+        """A trial, or what is there of it: a kill may have come before KerasTuner noted its end."""
+        known = self.store.read(trial.trial_id)
+        if known is None:
+            return super().run_trial(trial, *arguments, **options)  # type: ignore[misc]
+        if known.failed:
+            raise keras_tuner.errors.FailedTrialError(f"The trial failed: {known.failed}.")
+        return [history_of(known.history)]
+
+    def on_trial_end(self, trial: Any) -> None:
+        if self.store.read(trial.trial_id) is None:
+            found = self._finished(trial)
+            self.store.write(found)
+            self.told(found)
+        super().on_trial_end(trial)  # type: ignore[misc]
+        keep_state(Path(self.project_dir))  # type: ignore[attr-defined]
+
+    def _finished(self, trial: Any) -> Finished:
+        records = self.hypermodel.records
+        record = records[-1] if records and dict(records[-1].values) == dict(trial.hyperparameters.values) else None
+        plan = record.plan if record else self.hypermodel.plan_of(trial.hyperparameters)
+        if record is None or record.trial is None:
+            lines = (trial.message or "").strip().splitlines()
+            why = record.failed if record else (lines[-1] if lines else "it gave no result")
+            return Finished(trial.trial_id, dict(trial.hyperparameters.values), plan, failed=why)
+        done = record.trial
+        return Finished(
+            trial.trial_id, dict(record.values), plan, history=tuple(done.history), stopped_at=record.stopped_at,
+            freeze_depth=done.freeze_depth, num_trainable=done.num_trainable, seconds=done.seconds, passes=done.passes,
+            held_probabilities=done.held_probabilities,
+        )  # fmt: skip
+
+
+def make_tuner(
+    name: str,
+    hypermodel: TransferHyperModel,
+    objective: keras_tuner.Objective,
+    folder: Path,
+    *,
+    trials: int,
+    max_epochs: int,
+    seed: int,
+    may_begin: Callable[[int], bool] = lambda num_finished: True,
+    told: Callable[[Finished], None] = lambda finished: None,
+) -> keras_tuner.Tuner:
+    """A tuner whose trials are kept in a folder; where it has some, it goes on with them.
+
+    Args:
+        name: An entry of `TUNERS`.
+        hypermodel: What it searches.
+        objective: What it searches for.
+        folder: Of the search.
+        trials: At most so many; of Hyperband, whose own plan says how many, that is the end.
+        max_epochs: Of Hyperband's longest trials.
+        seed: Of the choices.
+        may_begin: Asked, with the number of finished trials, before each.
+        told: Of each trial that ends.
+
+    Raises:
+        InputError: Where the name is unknown, or nothing is to be tried.
+    """
+    if trials < 1:
+        raise InputError(f"A search needs at least one trial, not {trials}.")
+    base = lookup(TUNERS, name, "tuner")()
+    options: dict[str, Any] = {"max_trials": trials}
+    if name == "hyperband":
+        options = {"max_epochs": max_epochs, "factor": FACTOR, "hyperband_iterations": iterations(trials, max_epochs)}
+    watched = type(base.__name__, (_Watched, base), {"store": TrialStore(folder / "trials")})
+    watched.may_begin = staticmethod(lambda done: done < trials and may_begin(done))
+    watched.told = staticmethod(told)
+    restore_state(folder)
+    with contextlib.redirect_stdout(sys.stderr):  # it tells of reloading
+        return watched(
+            hypermodel, objective, directory=folder.parent, project_name=folder.name, seed=seed,
+            max_consecutive_failed_trials=trials + 1, **options,
+        )  # fmt: skip
+
+
+def iterations(trials: int, max_epochs: int) -> int:
+    """Rounds of Hyperband that come to at least so many trials.
+
+    Example:
+        >>> iterations(20, 9), iterations(40, 9)
+        (1, 2)
+    """
+    brackets = int(math.log(max_epochs, FACTOR) + 1e-9) + 1
+    ends = math.ceil(1 + math.log(max_epochs, FACTOR))
+    each = sum(
+        math.ceil(ends / (bracket + 1) * FACTOR ** (bracket - turn))
+        for bracket in range(brackets)
+        for turn in range(bracket + 1)
+    )
+    return max(1, math.ceil(trials / each))
+
+
+def keep_state(folder: Path) -> None:
+    """Copy KerasTuner's state, which it writes in place: a kill in the middle leaves half a file."""
+    for name in STATE_FILES:
+        if (folder / name).is_file():
+            with atomic_path(folder / "kept" / name) as temporary:
+                shutil.copyfile(folder / name, temporary)
+
+
+def restore_state(folder: Path) -> None:
+    """Put back the copies of what is no JSON any more."""
+    for name in STATE_FILES:
+        file, kept = folder / name, folder / "kept" / name
+        if file.is_file() and kept.is_file() and not _is_json(file):
+            with atomic_path(file) as temporary:
+                shutil.copyfile(kept, temporary)
+    for file in folder.glob("trial_*/trial.json"):
+        if not _is_json(file):
+            file.unlink()  # of a trial that had not ended
+
+
+def _is_json(file: Path) -> bool:
+    try:
+        json.loads(file.read_text(encoding="utf-8"))
+    except (ValueError, OSError):
+        return False
+    return True
