@@ -46,6 +46,7 @@ _WHERE = {
     "load_run": "tfxfer.workflow.run",
     "predict": "tfxfer.workflow.scoring",
     "predict_with_source": "tfxfer.workflow.scoring",
+    "search": "tfxfer.workflow.search",
     "unfreeze": "tfxfer.model.freeze",
     "verify": "tfxfer.workflow.scoring",
 }

@@ -7,7 +7,7 @@ from typing import Annotated
 import typer
 
 from tfxfer import __version__
-from tfxfer.cli import demo, evaluate, export, predict, sources, train, verify
+from tfxfer.cli import demo, evaluate, export, predict, search, sources, train, verify
 from tfxfer.errors import Interrupted, Terminated, TfxferError
 
 
@@ -49,7 +49,7 @@ def options(
     """Transfer learning for Keras and TensorFlow: photos in, a fine-tuned, scored and verified model out."""
 
 
-for module in (demo, sources, train, evaluate, predict, export, verify):
+for module in (demo, sources, train, search, evaluate, predict, export, verify):
     app.command(module.NAME, help=module.HELP)(_told(module.run))
 
 

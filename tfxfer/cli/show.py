@@ -134,6 +134,8 @@ def print_run(info: dict[str, Any], folder: Any) -> None:
     if "auto" in info["selection"]:
         table.add_row("recipe", info["selection"]["auto"]["rule"])
     table.add_row("chosen", _chosen(info))
+    for name, text in describe_search(info.get("search")):
+        table.add_row(name, text)
     audit = info["freeze_audit"]
     frozen = f"{audit['freeze_depth']} of {audit['num_blocks']} blocks, bit-identical after training"
     table.add_row("frozen", frozen if audit["freeze_depth"] else "nothing")
@@ -169,6 +171,36 @@ def _chosen(info: dict[str, Any]) -> str:
         f"{name}: fine-tuning was tried, held-out {tried['metric'].replace('_', ' ')} {tried['fine_tuned']:.3f} "
         f"against {tried['probe']:.3f} of the probe, standard error {tried['standard_error']:.3f}"
     )
+
+
+def describe_search(found: dict[str, Any] | None) -> list[tuple[str, str]]:
+    """What a search tried, and what it is worth: (what, in words) a line."""
+    if not found:
+        return []
+    values = ", ".join(f"{k} {v:.3g}" if isinstance(v, float) else f"{k} {v}" for k, v in found["values"].items())
+    likely, passes, metric = found["score"], found["passes"], found["metric"].replace("_", " ")
+    tried = f"{_counted(found['trials'], 'trial')} by {found['tuner']}"
+    tried += f", {found['failed']} failed" * bool(found["failed"])
+    tried += f", {found['stopped_early']} stopped early" * bool(found["stopped_early"])
+    lines = [
+        ("search", f"{tried}; taken: {values}"),
+        (
+            "best of them",
+            f"validation {metric} {likely['value']:.3f}, which flatters it; on other images likely "
+            f"{likely['corrected']:.3f} ({likely['low']:.3f} to {likely['high']:.3f})",
+        ),
+    ]
+    if len(found["equal"]) > 1:
+        depths = ", ".join(str(one["freeze_depth"]) for one in found["equal"])
+        lines.append(("equal depths", f"{depths} frozen blocks, within one standard error; the cheapest is taken"))
+    computed, without = passes["computed"], passes["without_sharing"]
+    lines.append(
+        (
+            "shared",
+            f"{computed:,} images through frozen blocks instead of {without:,}; {passes['saved_seconds']:.0f} s saved",
+        )
+    )
+    return lines
 
 
 def print_freezing(found: dict[str, Any]) -> None:

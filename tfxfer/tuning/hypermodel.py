@@ -130,10 +130,17 @@ class TransferHyperModel(keras_tuner.HyperModel):
 
     def build(self, hp: keras_tuner.HyperParameters) -> keras.Model:
         """A model of the plan, frozen as its last stage says and compiled."""
-        plan = self.plan_of(hp)
+        return self.build_plan(self.plan_of(hp))
+
+    def build_plan(self, plan: Plan) -> keras.Model:
+        """The same of a plan.
+
+        Raises:
+            SpaceError: Where it cannot be trained.
+        """
         try:
             model, stage = self._model(plan), stages_of(plan)[-1]
-            depth = auto_depth(self._card(plan)) if stage.freeze_depth == "auto" else stage.freeze_depth
+            depth = auto_depth(self.card_of(plan)) if stage.freeze_depth == "auto" else stage.freeze_depth
             frozen_units(model, depth)
             freeze(model, depth, batch_norm="frozen" if stage.batch_norm == "auto" else stage.batch_norm)
         except InputError as error:
@@ -165,7 +172,7 @@ class TransferHyperModel(keras_tuner.HyperModel):
         median = MedianStopping(self._median(epochs)) if self.monitor else None
         try:
             trial = run_trial(
-                model, plan, self.shared(plan, data), auto_depth(self._card(plan)), epochs=epochs,
+                model, plan, self.shared(plan, data), auto_depth(self.card_of(plan)), epochs=epochs,
                 initial_epoch=initial_epoch, callbacks=[*callbacks, *([median] if median else [])],
             )  # fmt: skip
         except InputError as error:
@@ -202,10 +209,11 @@ class TransferHyperModel(keras_tuner.HyperModel):
 
     def _model(self, plan: Plan) -> keras.Model:
         return build_model(
-            self._card(plan), self.head, image_size=plan.image_size, dropout=plan.dropout, seed=plan.seed
+            self.card_of(plan), self.head, image_size=plan.image_size, dropout=plan.dropout, seed=plan.seed
         )
 
-    def _card(self, plan: Plan) -> Source:
+    def card_of(self, plan: Plan) -> Source:
+        """The card of its source."""
         if plan.source not in self.cards:  # a space of the user's own may name any
             self.cards[plan.source] = get_source(plan.source)
         return self.cards[plan.source]

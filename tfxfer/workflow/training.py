@@ -76,13 +76,17 @@ def train(
     checkpoint_seconds: float = SAVE_EVERY_SECONDS,
     strategy: Any = "auto",
     started: float | None = None,
+    within: bool = False,
 ) -> Run:
-    """Run a plan on data; the public face is `tfxfer.fit`. A time limit counts from `started`, by default from now."""
+    """Run a plan on data; the public face is `tfxfer.fit`. A time limit counts from `started`, by default from now.
+
+    With `within` the folder `out` is the caller's, who has other files in it.
+    """
     name = Path(str(data)).name if isinstance(data, str | Path) else getattr(data, "name", "data")
     unfinished = begun_run(out, plan) if resume else None
     if unfinished is not None and unfinished.info["status"] == "complete":
         return unfinished
-    folder = unfinished.path if unfinished else new_run_folder(out, name)
+    folder = unfinished.path if unfinished else Path(out) if within and out else new_run_folder(out, name)
     kept = folder.exists()
     folder.mkdir(parents=True, exist_ok=True)
     try:
