@@ -28,8 +28,8 @@ def run(
     search: Annotated[
         str,
         Option(
-            help="What varies, by comma: freeze_depth, learning_rate, layer_decay, weight_decay, dropout, head, augment, "
-            "image_size."
+            help="What varies, by comma: freeze_depth, learning_rate, layer_decay, weight_decay, dropout, head, "
+            "augment, image_size."
         ),
     ] = "freeze_depth,learning_rate,layer_decay,weight_decay,dropout",
     epochs: Annotated[int, Option(help="Of a trial; 0: as many as the recipe says.")] = 0,
