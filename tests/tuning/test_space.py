@@ -23,7 +23,7 @@ def plan_and_values(space, **values):
 
 def test_depths_go_from_none_to_all_but_the_last_block():
     depths = depths_of(MOBILENET)
-    assert depths[0] == 0 and depths[-1] == len(MOBILENET.blocks) - 1 and len(depths) == 8
+    assert depths[0] == 0 and depths[-1] == len(MOBILENET.blocks) - 1 and len(depths) == 10
     assert depths_of(DIGITS) == list(range(len(DIGITS.blocks)))
 
 

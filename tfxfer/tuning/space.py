@@ -15,7 +15,7 @@ LAYER_DECAYS = (1.0, 0.9, 0.8, 0.65)
 WEIGHT_DECAYS = (1e-4, 1e-1)
 HEADS = ("convex", "ridge")
 AUGMENTS = ("none", "mirror")
-MAX_DEPTHS = 8
+MAX_DEPTHS = 10
 ALL_KEYS = ("freeze_depth", "learning_rate", "layer_decay", "weight_decay", "dropout", "head", "augment", "image_size")
 KEYS = ("freeze_depth", "learning_rate", "layer_decay", "weight_decay", "dropout")
 
@@ -26,7 +26,7 @@ def default_space(plan: Plan, cards: Sequence[Source], *, keys: Sequence[str] = 
     Args:
         plan: What stays as it is; its fine-tuning stages get the values.
         cards: Sources to choose among; of one, nothing is to be chosen. The first is the default.
-        keys: What varies: `freeze_depth` (blocks of the source, at most eight depths from the first block on),
+        keys: What varies: `freeze_depth` (blocks of the source, at most ten depths from the first block on),
             `learning_rate` (1e-4 to 3e-3, log), `layer_decay` (1, 0.9, 0.8, 0.65), `weight_decay` (1e-4 to 0.1, log),
             `dropout` (0 to 0.5), `head` (how the probe is solved that training starts from: "convex", "ridge"),
             `augment` ("none", "mirror"), `image_size` (the plan's, and three quarters of it in steps of 32 px).

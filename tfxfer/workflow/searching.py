@@ -108,6 +108,7 @@ class Searcher:
         began = time.monotonic()
         before = len(self.store.read_all())
         self._try_all()
+        trying = time.monotonic() - began
         trials = [found for found in self.store.read_all() if not _is_repeat(found)]
         good = [found for found in trials if not found.failed]
         if not good:
@@ -118,6 +119,7 @@ class Searcher:
         self._write_table(trials)
         told = self._describe(trials, good, winner, choice, candidates, tables)
         told |= {"resumed_trials": before, "seconds": round(time.monotonic() - began, 2)}
+        told["trial_seconds"] = round(trying, 2)
         self._plot(good, winner)
         return self._final_plan(winner), told
 
