@@ -1,6 +1,7 @@
 """What frozen blocks compute, once for all trials of a search."""
 
 import dataclasses
+import functools
 import time
 from collections.abc import Callable, Sequence
 
@@ -11,6 +12,7 @@ from tfxfer.features.deeper import go_deeper
 from tfxfer.features.engines import Engines
 from tfxfer.features.extract import Extracted, FrozenPrefix, join_views
 from tfxfer.features.reuse import Features
+from tfxfer.features.rows import ViewFeatures
 from tfxfer.features.views import View
 from tfxfer.methods.probe import Probe, fit_probe
 from tfxfer.model.freeze import freeze
@@ -81,15 +83,23 @@ class SharedFeatures:
         return join_views(*(self._view(depth, view) for view in views))
 
     def probe(self, views: Sequence[View], solver: str) -> Probe:
-        """The head on the last features, chosen on held-out images once."""
+        """The head on the last features, chosen on held-out images once; `at` has been asked for these views."""
         key = (tuple(views), solver)
         if key not in self._probes:
-            data, depth = self.data, next(iter(self._found))[0]
+            data = self.data
             self._probes[key] = fit_probe(
-                self.at(depth, views).features, data.labels, data.weights, data.groups, data.rows, data.held,
+                self._features(views), data.labels, data.weights, data.groups, data.rows, data.held,
                 data.num_classes, seed=self.seed, solver=solver,
             )  # fmt: skip
         return self._probes[key]
+
+    def _features(self, views: Sequence[View]) -> ViewFeatures:
+        """At the end of the network: they are the same behind every cut."""
+        first, *others = [
+            next(extracted.features for (_, known), (_, extracted) in self._found.items() if known == view)
+            for view in views
+        ]
+        return functools.reduce(lambda joined, one: joined.joined(one), others, first)
 
     def count(self, depth: int, images: int) -> None:
         """Note that training took so many images from behind a cut, which would have been passes without sharing."""
