@@ -1,5 +1,7 @@
 """`tfxfer search DATA`."""
 
+import functools
+import sys
 from pathlib import Path
 from typing import Annotated
 
@@ -53,6 +55,9 @@ def run(
     ] = None,
     baseline: Annotated[str | None, Option(help="quick or scratch.")] = None,
     no_baseline: Annotated[bool, Option("--no-baseline", help="Skip the comparison with baselines.")] = False,
+    workers: Annotated[
+        int, Option(help="Processes on this machine that run trials; more than one have a chief beside them.")
+    ] = 1,
     out: Annotated[Path | None, Option(help="Folder of the run; runs/DATA-N by default.")] = None,
     resume: Annotated[bool, Option("--resume", help="Go on with the search in --out.")] = False,
     json: Annotated[bool, Option("--json", help="Print run.json on stdout instead of a table.")] = False,
@@ -64,16 +69,43 @@ def run(
         raise InputError(f"There is no folder or CSV file {data}; give the one that holds the images.")
     told = "tfxfer: Told to end by SIGTERM; go on with --resume from the last finished trial."
     with end_after_sigterm(END_SECONDS, told), Live() as progress:
+        from tfxfer.workflow.members import run_members
         from tfxfer.workflow.search import search as search_here
 
+        members = functools.partial(_members, workers, run_members, progress) if workers != 1 else None
         found = search_here(
             data, [name for name in source.split(",") if name], keys=[key for key in search.split(",") if key],
             tuner=tuner, trials=trials, epochs=epochs, finalists=finalists, repeats=repeats,
             stop_early=not no_early_stop, image_size=image_size, batch_size=batch_size, seed=seed,
             val_fraction=val_fraction, group_by=group_by, near_duplicates=near_duplicates, metric=metric, split=split,
             time_limit=parse_seconds(time_limit) or 0.0, baseline="none" if no_baseline else baseline, out=out,
-            resume=resume, progress=progress,
+            resume=resume, progress=progress, members=members,
         )  # fmt: skip
+    if found is None:
+        return  # another process trains the winner
     print_json(found.info) if json else print_run(found.info, found.path)
     if found.info["baseline"]["verdict"] == "negative":
         raise typer.Exit(1)
+
+
+def _members(workers: int, run_members, progress, folder: Path) -> None:
+    run_members([sys.executable, "-m", "tfxfer", *member_arguments(sys.argv[1:], folder)], workers, progress)
+
+
+def member_arguments(arguments: list[str], folder: Path) -> list[str]:
+    """The same command for a process that only runs trials of the search in a folder.
+
+    Example:
+        >>> member_arguments(["search", "photos", "--workers", "2", "--json", "--out=a", "--seed", "3"], Path("b"))
+        ['search', 'photos', '--seed', '3', '--out', 'b']
+    """
+    kept, skip = [], False
+    for word in arguments:
+        name, _, value = word.partition("=")
+        if not skip and name in ("--workers", "--out"):
+            skip = not value
+            continue
+        if not skip and word not in ("--json", "--resume"):
+            kept.append(word)
+        skip = False
+    return [*kept, "--out", str(folder)]

@@ -1,17 +1,21 @@
 """Search, then train the winner as `fit` trains it."""
 
+import contextlib
+import functools
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import keras
 
+from tfxfer.data import Dataset
 from tfxfer.errors import InputError
 from tfxfer.runtime.progress import Lines, Progress
 from tfxfer.specs import Plan, Source
 from tfxfer.train.lock import training_lock
 from tfxfer.tuning.space import KEYS, Space
+from tfxfer.workflow.members import is_child, role
 from tfxfer.workflow.planning import make_plan, source_of
 from tfxfer.workflow.run import RUN_FILE, Run, load_run, new_run_folder, write_info
 from tfxfer.workflow.searching import SEARCH_FOLDER, Options, Searcher
@@ -45,7 +49,8 @@ def search(
     out: str | Path | None = None,
     resume: bool = False,
     progress: Progress | None = None,
-) -> Run:
+    members: Callable[[Path], None] | None = None,
+) -> Run | None:
     """Search freeze depth, rates and more with a tuner of KerasTuner, and train the winner as `fit` does.
 
     Trials share what frozen blocks compute, and heads start from the solution on the same features. What is chosen is
@@ -69,9 +74,12 @@ def search(
         out: Folder of the run; the next free `runs/DATA-N` by default.
         resume: Go on with the search in `out`: finished trials are not computed again.
         progress: Told about phases and trials; lines on stderr by default.
+        members: Has other processes run the trials of the search in the folder that it is given; `tfxfer search
+            --workers` does so.
 
     Returns:
-        The run; `run.info["search"]` has the trials' summary, `RUN/search.csv` a row a trial, `RUN/search.png` the
+        The run; None in a process of several that only runs trials (`KERASTUNER_TUNER_ID` and the chief's address are
+        set, see the README). `run.info["search"]` has the trials' summary, `RUN/search.csv` a row a trial, `RUN/search.png` the
         accuracy over the depth.
 
     Raises:
@@ -105,37 +113,59 @@ def search_by_plan(
     data: Any, plan: Plan, cards: Sequence[Source], options: Options, *, space: Space | None = None,
     keys: Sequence[str] = KEYS, split: str | Path | None = None, formats: Sequence[str] = FORMATS,
     out: str | Path | None = None, resume: bool = False, progress: Progress, started: float,
-) -> Run:  # fmt: skip
-    """The same where the plan of what is not searched is made."""
+    members: Callable[[Path], None] | None = None,
+) -> Run | None:  # fmt: skip
+    """The same where the plan of what is not searched is made.
+
+    Args:
+        data, plan, cards, options, space, keys, split, formats, out, resume, progress: As `search` takes or makes them.
+        started: `time.monotonic()` that a time limit counts from.
+        members: Has other processes run the trials of the search in this folder.
+
+    Returns:
+        The run; None in a process that only ran trials.
+    """
     decide_always_alike()
-    folder = _folder(out, data, resume)
+    part, child = role(), is_child()
+    if part != "alone" and out is None:
+        raise InputError("Processes that search together need one folder that all of them see: give --out.")
+    folder = Path(out) if out is not None and part != "alone" else _folder(out, data, resume)
     dataset = read_data(data, plan, split, progress)
-    for part in ("train", "val", "test"):
-        dataset.part(part)
+    for name in ("train", "val", "test"):
+        dataset.part(name)
     kept = folder.exists()
     (folder / SEARCH_FOLDER).mkdir(parents=True, exist_ok=True)
+    lock = contextlib.nullcontext() if part == "worker" or child else training_lock(folder / SEARCH_FOLDER)
     try:
-        with training_lock(folder / SEARCH_FOLDER):
+        with lock:
             if resume and (folder / RUN_FILE).is_file() and "search" in load_run(folder).info:
                 return load_run(folder)
+            helps = part == "worker" or child
             searcher = Searcher(
-                dataset, plan, cards, folder, options, space=space, keys=keys, resume=resume, progress=progress,
-                started=started,
+                dataset, plan, cards, folder, options, space=space, keys=keys, resume=resume, helps=helps,
+                progress=progress, started=started, tries=members and functools.partial(members, folder),
             )  # fmt: skip
-            winner, told = searcher.run()
-            keras.backend.clear_session()
-            progress.phase("training the winner")
-            run = train(
-                dataset, winner, out=folder, within=True, resume=(folder / RUN_FILE).is_file(), formats=formats,
-                progress=progress, started=started,
-            )  # fmt: skip
-            run.info["search"] = told
-            write_info(folder, run.info)
-            return run
+            if helps:
+                searcher.try_all()
+                return None
+            return _trained(searcher, dataset, folder, formats, progress, started)
     except InputError:
         if not kept and not any((folder / SEARCH_FOLDER / "trials").glob("*")):
             _remove(folder)  # nothing was tried: the name is free again
         raise
+
+
+def _trained(searcher: Searcher, dataset: Dataset, folder: Path, formats, progress: Progress, started: float) -> Run:
+    winner, told = searcher.run()
+    keras.backend.clear_session()
+    progress.phase("training the winner")
+    run = train(
+        dataset, winner, out=folder, within=True, resume=(folder / RUN_FILE).is_file(), formats=formats,
+        progress=progress, started=started, strategy="none",
+    )  # fmt: skip
+    run.info["search"] = told
+    write_info(folder, run.info)
+    return run
 
 
 def _folder(out: str | Path | None, data: Any, resume: bool) -> Path:

@@ -5,7 +5,7 @@ import dataclasses
 import io
 import json
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +32,7 @@ from tfxfer.tuning.tuners import TUNERS, SearchEnded, make_tuner
 from tfxfer.workflow.planning import source_of
 
 SEARCH_FOLDER, CSV_FILE, PLOT_FILE, BEGUN_FILE = "search", "search.csv", "search.png", "begun.json"
+WAIT_SECONDS = 600.0  # of a worker, for the chief to begin
 TRIAL_SHARE = 0.6  # of a time limit; the rest is for finalists, the last training, export
 
 
@@ -77,12 +78,15 @@ class Searcher:
         resume: Go on with a search that is there.
         progress: Told about trials.
         started: `time.monotonic()` that a time limit counts from.
+        tries: Has the trials run by other processes.
+        helps: Whether another process began the search.
     """
 
     def __init__(
         self, dataset: Dataset, plan: Plan, cards: Sequence[Source], folder: Path, options: Options, *,
         space: Space | None = None, keys: Sequence[str] = KEYS, resume: bool = False,
-        progress: Progress | None = None, started: float | None = None,
+        progress: Progress | None = None, started: float | None = None, tries: Callable[[], None] | None = None,
+        helps: bool = False,
     ):  # fmt: skip
         self.dataset, self.plan, self.folder, self.options = dataset, plan, folder, options
         self.progress, self.started = progress or Progress(), started if started is not None else time.monotonic()
@@ -95,7 +99,8 @@ class Searcher:
         )  # fmt: skip
         self.max_epochs = options.epochs or self._epochs(base)
         self.store = TrialStore(folder / SEARCH_FOLDER / "trials")
-        self._begin(resume)
+        self._tries = tries
+        self._begin(resume, helps)
 
     # -- the way ----------------------------------------------------------------------------------------------------
 
@@ -107,7 +112,7 @@ class Searcher:
         """
         began = time.monotonic()
         before = len(self.store.read_all())
-        self._try_all()
+        (self._tries or self.try_all)()
         trying = time.monotonic() - began
         trials = [found for found in self.store.read_all() if not _is_repeat(found)]
         good = [found for found in trials if not found.failed]
@@ -123,7 +128,8 @@ class Searcher:
         self._plot(good, winner)
         return self._final_plan(winner), told
 
-    def _try_all(self) -> None:
+    def try_all(self) -> None:
+        """Run all trials that are left."""
         epochs = {} if self.options.tuner == "hyperband" else {"epochs": self.max_epochs}
         try:
             self._tuner().search(self.dataset, verbose=0, **epochs)
@@ -279,7 +285,7 @@ class Searcher:
 
     # -- beginnings ---------------------------------------------------------------------------------------------------
 
-    def _begin(self, resume: bool) -> None:
+    def _begin(self, resume: bool, helps: bool) -> None:
         """Note what is searched, or see that it is what was searched before."""
         hp = keras_tuner.HyperParameters()
         self.hypermodel.plan_of(hp)
@@ -291,7 +297,12 @@ class Searcher:
         }  # fmt: skip
         wanted = json.loads(json.dumps(wanted))
         file = self.folder / SEARCH_FOLDER / BEGUN_FILE
+        until = time.monotonic() + (WAIT_SECONDS if helps else 0.0)
+        while not file.is_file() and time.monotonic() < until:  # a worker may be there before the chief
+            time.sleep(0.5)
         if not file.is_file():
+            if helps:
+                raise InputError(f"No chief has begun a search in {self.folder} within {WAIT_SECONDS:g} s.")
             if resume:
                 raise InputError(f"{self.folder} is no search that was begun; drop --resume to begin one.")
             write_json(file, wanted)
@@ -303,7 +314,7 @@ class Searcher:
             raise InputError(
                 f"The search in {self.folder} was begun with {told}; resume it as it was, or give another --out."
             )
-        if not resume:
+        if not resume and not helps:
             raise InputError(f"{self.folder} is already a search; go on with it by --resume, or give another --out.")
 
     def _recipe(self, plan: Plan):
