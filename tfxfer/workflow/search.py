@@ -79,8 +79,8 @@ def search(
 
     Returns:
         The run; None in a process of several that only runs trials (`KERASTUNER_TUNER_ID` and the chief's address are
-        set, see the README). `run.info["search"]` has the trials' summary, `RUN/search.csv` a row a trial, `RUN/search.png` the
-        accuracy over the depth.
+        set, see the README). `run.info["search"]` has the trials' summary, `RUN/search.csv` a row a trial,
+        `RUN/search.png` the accuracy over the depth.
 
     Raises:
         InputError: Where something is unknown or out of range, or the search in `out` was begun otherwise.
@@ -105,7 +105,7 @@ def search(
     cards = [source_of({**plan.to_dict(), "source": name}) for name in names]
     return search_by_plan(
         data, plan, cards, options, space=space, keys=keys, split=split, formats=formats, out=out, resume=resume,
-        progress=progress or Lines(), started=started,
+        progress=progress or Lines(), started=started, members=members,
     )  # fmt: skip
 
 
