@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import pytest
 
@@ -99,7 +100,8 @@ def test_a_chief_and_two_workers_on_loopback_and_a_killed_worker_s_trial_is_retr
     out = tmp_path / "run"
     process = subprocess.Popen(
         [sys.executable, "-m", "tfxfer", "search", digits_folder, *SEARCH, "--workers", "2", "--out", out, "--json"],
-        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env={**os.environ, "TFXFER_CACHE": str(tmp_path / "c")},
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+        env={**os.environ, "TFXFER_CACHE": str(tmp_path / "c")},
     )  # fmt: skip
     killed, lines = False, []
     for line in process.stderr:
@@ -144,11 +146,9 @@ def _port():
 
 
 def _children(pid):
-    with open(f"/proc/{pid}/task/{pid}/children", encoding="ascii") as file:
-        return [int(child) for child in file.read().split()]
+    return [int(child) for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
 
 
 def _name(pid):
-    with open(f"/proc/{pid}/environ", "rb") as file:
-        variables = dict(line.split(b"=", 1) for line in file.read().split(b"\0") if b"=" in line)
-    return variables.get(ID.encode(), b"").decode()
+    lines = Path(f"/proc/{pid}/environ").read_bytes().split(b"\0")
+    return dict(line.split(b"=", 1) for line in lines if b"=" in line).get(ID.encode(), b"").decode()
