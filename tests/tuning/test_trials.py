@@ -22,7 +22,8 @@ PROBE = Stage("probe", solver="convex", freeze_depth="all", epochs=0)
 
 
 def plan_at(depth, *, augment="none", **changes):
-    stage = Stage("tune", freeze_depth=depth, epochs=2, learning_rates=(3e-3,), min_steps=False, **changes)
+    changes = {"learning_rates": (3e-3,), **changes}
+    stage = Stage("tune", freeze_depth=depth, epochs=2, min_steps=False, **changes)
     return Plan("small", Recipe("own", (PROBE, stage)), image_size=16, dropout=0.0, batch_size=8, augment=augment)
 
 
@@ -36,7 +37,7 @@ def data():
 
 
 def fresh_model():
-    return build_model(norm_backbone(), 3, image_size=16, input_range="0..255", dropout=0.0)
+    return build_model(norm_backbone(), 3, image_size=16, input_range="-1..1", dropout=0.0)
 
 
 def shared_of(data):
@@ -56,20 +57,23 @@ def test_what_crosses_deeper_is_the_same_from_pixels_and_from_a_shallower_cut(da
 
 @pytest.mark.parametrize("augment", ["none", "mirror"])
 def test_a_trial_is_the_training_that_shares_nothing(data, augment):
-    """The same weights as a trainer on features of its own, from the same head."""
-    plan, shared = plan_at(2, augment=augment), shared_of(data)
+    """The same weights as a trainer on features of its own, from the same head.
+
+    By SGD: Adam's first steps are the signs of gradients, and where one is zero its rounding decides.
+    """
+    plan, shared = plan_at(2, augment=augment, solver="sgd", learning_rates=(0.02,)), shared_of(data)
     run_trial(fresh_model(), plan_at(1), shared, 1)  # so that the second depth starts from the first
     trial = run_trial(fresh_model(), plan, shared, 1)
 
     model = fresh_model()
-    freeze(model, 2)
+    freeze(model, 2, batch_norm="frozen")
     cut = cut_model(model, 2)
     views = ("plain",) if augment == "none" else ("plain", "mirror")
     extracted = extract(FrozenPrefix(cut), data.parts, views)
     trainer = SuffixTrainer(cut.suffix, extracted, data.labels, data.weights, plan.recipe.stages[-1], 8)
     head = shared.probe(views, "convex").head(data.rows)
     trainer.start = [*trainer.start[:-2], head.kernel, head.bias]
-    expected = trainer.run(data.rows, 3e-3, held=data.held, seed=plan.seed)
+    expected = trainer.run(data.rows, 0.02, held=data.held, seed=plan.seed)
     for ours, theirs in zip(trial.weights, expected.weights, strict=True):
         np.testing.assert_allclose(ours, theirs, atol=2e-4)
     np.testing.assert_allclose(trial.held_probabilities, np.exp(expected.held_log_probabilities), atol=2e-4)
@@ -95,13 +99,15 @@ def test_what_was_computed_and_what_it_saved_is_counted(data):
 
 
 def test_going_on_from_an_epoch_keeps_the_weights_and_the_number_of_epochs(data):
-    model, shared = fresh_model(), shared_of(data)
-    first = run_trial(model, plan_at(2), shared, 1, epochs=2)
+    """At a rate of almost nothing the weights stay; a trial from the start takes the probe's head instead."""
+    model, shared, still = fresh_model(), shared_of(data), plan_at(2, learning_rates=(1e-9,))
+    run_trial(model, plan_at(2), shared, 1, epochs=2)
     head = model.get_layer("logits").get_weights()[0]
-    second = run_trial(model, plan_at(2), shared, 1, epochs=5, initial_epoch=2)
+    second = run_trial(model, still, shared, 1, epochs=5, initial_epoch=2)
     assert [epoch["epoch"] for epoch in second.history] == [2, 3, 4]
-    assert second.history[0]["val_loss"] < first.history[0]["val_loss"]
-    assert not np.array_equal(head, model.get_layer("logits").get_weights()[0])
+    np.testing.assert_allclose(model.get_layer("logits").get_weights()[0], head, atol=1e-6)
+    run_trial(model, still, shared, 1, epochs=2)
+    assert np.abs(model.get_layer("logits").get_weights()[0] - head).max() > 1e-3
 
 
 def test_of_several_stages_the_last_has_the_epochs_and_the_first_come_before_it(data):
