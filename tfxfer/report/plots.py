@@ -42,7 +42,9 @@ def write_depth_plot(
     figure = Figure(figsize=(7.5, 4.2), layout="constrained")
     axes = figure.subplots()
     if others:
-        axes.scatter(*zip(*others, strict=True), s=14, color="0.65", label="trials", zorder=1)
+        axes.scatter(
+            [depth for depth, _ in others], [value for _, value in others], s=14, color="0.65", label="trials", zorder=1
+        )
     for label in dict.fromkeys(point.label for point in points):
         line = sorted((point for point in points if point.label == label), key=lambda point: point.x)
         values = [point.value for point in line]

@@ -101,8 +101,8 @@ def with_stage(recipe: Recipe, tuned: dict[str, Any], probe: dict[str, Any]) -> 
 
 
 def _changed(stage: Stage, values: dict[str, Any]) -> Stage:
-    rates = {"find_rate": False} if "learning_rates" in values else {}
-    return dataclasses.replace(stage, **values, **rates)
+    changes: dict[str, Any] = {"find_rate": False, **values} if "learning_rates" in values else values
+    return dataclasses.replace(stage, **changes)
 
 
 def depths_of(card: Source, most: int = MAX_DEPTHS) -> list[int]:

@@ -28,22 +28,12 @@ FACTOR = 3  # Hyperband's: of so many trials the best goes on, so many times as 
 STATE_FILES = ("oracle.json", "tuner0.json")
 
 
-class SearchEnded(Exception):
-    """No further trial is to begin."""
-
-
 class _Watched:
     """What is mixed into a tuner: finished trials are kept, and none of them is computed twice."""
 
     store: TrialStore
-    may_begin: Callable[[int], bool]
     told: Callable[[Finished], None]
     hypermodel: TransferHyperModel
-
-    def pre_create_trial(self) -> None:
-        super().pre_create_trial()  # type: ignore[misc]
-        if not self.may_begin(len(self.store.read_all())):
-            raise SearchEnded
 
     def run_trial(self, trial: Any, *arguments: Any, **options: Any) -> Any:
         """A trial, or what is there of it: a kill may have come before KerasTuner noted its end."""
@@ -87,7 +77,7 @@ def make_tuner(
     trials: int,
     max_epochs: int,
     seed: int,
-    may_begin: Callable[[int], bool] = lambda num_finished: True,
+    may_begin: Callable[[int], bool] = lambda num_begun: True,
     told: Callable[[Finished], None] = lambda finished: None,
 ) -> keras_tuner.Tuner:
     """A tuner whose trials are kept in a folder; where it has some, it goes on with them.
@@ -100,7 +90,7 @@ def make_tuner(
         trials: At most so many; of Hyperband, whose own plan says how many, that is the end.
         max_epochs: Of Hyperband's longest trials.
         seed: Of the choices.
-        may_begin: Asked, with the number of finished trials, before each.
+        may_begin: Asked, with the number of trials that have begun, before each.
         told: Of each trial that ends.
 
     Raises:
@@ -112,15 +102,27 @@ def make_tuner(
     options: dict[str, Any] = {"max_trials": trials}
     if name == "hyperband":
         options = {"max_epochs": max_epochs, "factor": FACTOR, "hyperband_iterations": iterations(trials, max_epochs)}
-    watched = type(base.__name__, (_Watched, base), {"store": TrialStore(folder / "trials")})
-    watched.may_begin = staticmethod(lambda done: done < trials and may_begin(done))
-    watched.told = staticmethod(told)
+    own = {"store": TrialStore(folder / "trials"), "told": staticmethod(told)}
+    watched: Any = type(base.__name__, (_Watched, base), own)
     restore_state(folder)
     with contextlib.redirect_stdout(sys.stderr):  # it tells of reloading
-        return watched(
+        tuner = watched(
             hypermodel, objective, directory=folder.parent, project_name=folder.name, seed=seed,
             max_consecutive_failed_trials=trials + 1, **options,
         )  # fmt: skip
+    if isinstance(tuner.oracle, keras_tuner.Oracle):  # else the chief has it
+        _limit(tuner.oracle, lambda begun: begun < trials and may_begin(begun))
+    return tuner
+
+
+def _limit(oracle: keras_tuner.Oracle, may_begin: Callable[[int], bool]) -> None:
+    """Let an oracle end the search, as it does when its own trials are used up: so workers hear of it as well."""
+    own = oracle.populate_space
+
+    def populate_space(trial_id: str) -> dict[str, Any]:
+        return own(trial_id) if may_begin(len(oracle.trials)) else {"status": "STOPPED"}
+
+    oracle.populate_space = populate_space
 
 
 def iterations(trials: int, max_epochs: int) -> int:

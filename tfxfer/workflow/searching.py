@@ -28,7 +28,7 @@ from tfxfer.tuning.shared import Passes
 from tfxfer.tuning.space import KEYS, Space, default_space, describe, with_stage
 from tfxfer.tuning.store import Finished, TrialStore
 from tfxfer.tuning.trials import run_trial
-from tfxfer.tuning.tuners import TUNERS, SearchEnded, make_tuner
+from tfxfer.tuning.tuners import TUNERS, make_tuner
 from tfxfer.workflow.planning import source_of
 
 SEARCH_FOLDER, CSV_FILE, PLOT_FILE, BEGUN_FILE = "search", "search.csv", "search.png", "begun.json"
@@ -131,17 +131,25 @@ class Searcher:
     def try_all(self) -> None:
         """Run all trials that are left."""
         epochs = {} if self.options.tuner == "hyperband" else {"epochs": self.max_epochs}
-        try:
-            self._tuner().search(self.dataset, verbose=0, **epochs)
-        except SearchEnded:
-            self.progress.note("the search ends here: its trials are used up, or its share of the time limit")
+        self._tuner().search(self.dataset, verbose=0, **epochs)
 
     def _tuner(self) -> keras_tuner.Tuner:
         return make_tuner(
             self.options.tuner, self.hypermodel, keras_tuner.Objective(self.monitor, "max"),
             self.folder / SEARCH_FOLDER, trials=self.options.trials, max_epochs=self.max_epochs, seed=self.plan.seed,
-            may_begin=lambda done: self._time_left() > (1 - TRIAL_SHARE) * self._limit() or done == 0, told=self._tell,
+            may_begin=self._may_begin, told=self._tell,
         )  # fmt: skip
+
+    def _may_begin(self, num_begun: int) -> bool:
+        """Whether the trials' share of a time limit allows one more; the first is always tried."""
+        if not self._limit() or not num_begun:
+            return True
+        left = TRIAL_SHARE * self._limit() - (time.monotonic() - self.started)
+        slowest = max((found.seconds for found in self.store.read_all()), default=0.0)
+        if left > slowest:
+            return True
+        self.progress.note(f"no further trial: {max(left, 0.0):.1f} s are left for them, and one took {slowest:.1f} s")
+        return False
 
     def _choose(self, good: Sequence[Finished]) -> tuple[Choice, list[Finished], list[np.ndarray]]:
         """The winner: the best of each depth, those that are equal trained again, then the cheapest of the equal."""
@@ -329,9 +337,6 @@ class Searcher:
 
     def _limit(self) -> float:
         return self.plan.time_limit_seconds
-
-    def _time_left(self) -> float:
-        return float("inf") if not self._limit() else self._limit() - (time.monotonic() - self.started)
 
 
 def _table(found: Finished) -> np.ndarray:
