@@ -74,6 +74,12 @@ class Live(Progress):
         if not self._bars:
             stderr.print(f"[{time.monotonic() - self._began:6.1f} s] {text}", markup=False)
 
+    def row(self, text: str) -> None:
+        if self._bars:
+            self._bars.console.print(text, markup=False)  # above the bar, and stays
+        else:
+            self.note(text)
+
     def __enter__(self) -> "Live":
         return self
 

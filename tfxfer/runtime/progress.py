@@ -16,6 +16,10 @@ class Progress:
     def note(self, text: str) -> None:
         """One line worth keeping."""
 
+    def row(self, text: str) -> None:
+        """A line of a table that grows, shown wherever progress is; the same as a note where nothing else is said."""
+        self.note(text)
+
 
 class Lines(Progress):
     """A plain line on stderr for each phase and note, with the seconds since it was made."""

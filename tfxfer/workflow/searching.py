@@ -248,15 +248,16 @@ class Searcher:
         }  # fmt: skip
 
     def _tell(self, found: Finished) -> None:
-        good = [one.best(self.monitor) for one in self.store.read_all() if not one.failed]
+        """A row of the table of trials."""
         values = ", ".join(f"{key} {_short(value)}" for key, value in describe(dict(found.values)).items())
         if found.failed:
-            self.progress.note(f"trial {found.trial_id} failed: {found.failed} ({values})")
+            self.progress.row(f"trial {found.trial_id} failed: {found.failed}; {values}")
             return
-        self.progress.note(
-            f"trial {found.trial_id}: {self.plan.metric} {found.best(self.monitor):.3f}, best {max(good):.3f}; "
-            f"{values}; {found.seconds:.1f} s, {found.passes.saved_seconds:.1f} s saved"
-            + (f", stopped at epoch {found.stopped_at + 1}" if found.stopped_at is not None else "")
+        best = max(one.best(self.monitor) for one in self.store.read_all() if not one.failed)
+        stopped = f", stopped at epoch {found.stopped_at + 1}" if found.stopped_at is not None else ""
+        self.progress.row(
+            f"trial {found.trial_id:<4} {self.plan.metric} {found.best(self.monitor):.3f}  best {best:.3f} "
+            f"{found.seconds:6.1f} s {found.passes.saved_seconds:6.1f} s saved  {values}{stopped}"
         )
 
     def _write_table(self, trials: Sequence[Finished]) -> None:
