@@ -6,7 +6,7 @@ from tfxfer.cli import show
 
 
 def test_rows_stay_on_a_terminal_where_notes_do_not(monkeypatch):
-    console = Console(file=io.StringIO(), force_terminal=True, width=100)
+    console = Console(file=io.StringIO(), force_terminal=True, highlight=False, width=100)
     monkeypatch.setattr(show, "stderr", console)
     with show.Live() as live:
         live.phase("trials", 3)
