@@ -111,7 +111,7 @@ def depths_of(card: Source, most: int = MAX_DEPTHS) -> list[int]:
     Example:
         >>> from tfxfer import get_source
         >>> depths_of(get_source("mobilenet_v2_imagenet"), 4)
-        [0, 6, 11, 17]
+        [0, 6, 12, 18]
     """
     last = len(card.blocks) - 1
     if last <= 0:

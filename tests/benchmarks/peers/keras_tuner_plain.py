@@ -1,6 +1,6 @@
 """A search over freeze depth as KerasTuner's users write it: every trial runs all blocks on all images, each epoch.
 
-    python tests/benchmarks/peers/keras_tuner_plain.py DATA OUT --seed 0 --depths 0,6,11,17 --epochs 7
+    python tests/benchmarks/peers/keras_tuner_plain.py DATA OUT --seed 0 --depths 0,6,12,18 --epochs 7
 
 The depths are those of `tfxfer search`: leading blocks of MobileNetV2 by the names of their layers. AdamW with warm-up
 and cosine, label smoothing, BatchNorm held, decoded images in memory.
