@@ -53,10 +53,10 @@ def test_photos(tmp_path, monkeypatch):
 @pytest.mark.slow
 def test_freeze_depth_search(tmp_path, monkeypatch):
     monkeypatch.setenv("TMPDIR", str(tmp_path))
-    notebook, _ = code_cells("freeze_depth_search.ipynb")
+    notebook, cells = code_cells("freeze_depth_search.ipynb")
     NotebookClient(
         notebook, timeout=300, kernel_name="python3", resources={"metadata": {"path": str(tmp_path)}}
     ).execute()
-    _, _, trials, passes, shape, found, _ = map(text_of, [cell for cell in notebook.cells if cell.cell_type == "code"])
+    _, trials, passes, shape, found, _ = map(text_of, cells)
     assert trials.count("freeze_depth") == 8 and passes == "True\n" and shape == "(None, 10)"
     assert found.startswith("4 trials") and "[True, True] ['search.csv', 'search.png']" in found
