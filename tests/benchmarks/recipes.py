@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from time_to_accuracy import CACHE, DATA, commit, say
+from time_to_accuracy import CACHE, DATA, commit, say, with_choices
 from tta_tasks import SEEDS, Task, make_task
 
 from tfxfer.metrics import metric_value, paired_difference
@@ -192,16 +192,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--report-only", action="store_true", help="run nothing")
     parser.add_argument("--markdown", action="store_true", help="print tables for RESULTS.md instead of JSON")
     parser.add_argument("--data", type=Path, default=DATA, help="folder of the data sets")
-    options = parser.parse_args()
-    for name, known in (("tasks", SEEDS), ("arms", ARMS), ("fresh", ARMS)):
-        chosen = [word for word in getattr(options, name).split(",") if word]
-        if unknown := [word for word in chosen if word not in known]:
-            parser.error(f"--{name} does not know {', '.join(unknown)}; there are {', '.join(known)}")
-        setattr(options, name, chosen)
-    if not options.report_only and not options.data.is_dir():
-        parser.error(f"there is no folder {options.data}; set TFXFER_DATA or give --data")
-    options.results, options.data = options.results.resolve(), options.data.resolve()
-    return options
+    return with_choices(parser, parser.parse_args(), ARMS)
 
 
 def main() -> int:

@@ -1,6 +1,6 @@
 """What `tfxfer train` costs by images, epochs, image size, freeze depth, devices and workers; whether its memory grows.
 
-    python tests/benchmarks/scaling.py --markdown                     # about ten minutes on two cores
+    python tests/benchmarks/scaling.py --markdown                     # about 45 minutes on two cores
     python tests/benchmarks/scaling.py --only memory --markdown
     python tests/benchmarks/scaling.py --quick                        # to see whether it runs
 

@@ -1,6 +1,6 @@
 """Images a second and peak memory of tfxfer's extraction and training step, beside bare engines, Keras and torch.
 
-    python tests/benchmarks/throughput.py --markdown              # about ten minutes on two cores
+    python tests/benchmarks/throughput.py --markdown              # half an hour on two cores
     python tests/benchmarks/throughput.py --quick --only steps    # to see whether it runs
 
 Extraction: features of clothing's photos by the whole network, from files and from decoded pixels, beside the forward

@@ -28,7 +28,9 @@ import platform
 import subprocess
 import sys
 import traceback
+from collections.abc import Collection, Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 from tta_peers import ARMS, OURS, PEERS, PEERS_FOLDER, run_arm
@@ -137,7 +139,15 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--train-options", default="", help="more options of tfxfer train")
     options = parser.parse_args(arguments)
     groups = {"peers": list(PEERS), "ours": list(OURS)}
-    for name, known in (("tasks", SEEDS), ("arms", ARMS), ("fresh", ARMS)):
+    return with_choices(parser, options, ARMS, groups)
+
+
+def with_choices(
+    parser: argparse.ArgumentParser, options: argparse.Namespace, arms: Collection[str],
+    groups: Mapping[str, list[str]] = MappingProxyType({}),
+) -> argparse.Namespace:  # fmt: skip
+    """--tasks, --arms and --fresh as lists, and absolute folders; what is unknown or not there ends the script."""
+    for name, known in (("tasks", SEEDS), ("arms", arms), ("fresh", arms)):
         chosen = [one for word in getattr(options, name).split(",") if word for one in groups.get(word, [word])]
         if unknown := [one for one in chosen if one not in known]:
             parser.error(f"--{name} does not know {', '.join(unknown)}; there are {', '.join(known)}")

@@ -6,6 +6,7 @@ import keras
 import numpy as np
 import pytest
 from small_networks import norm_model, pictures
+from stopping import Stop, stop_after_saves
 
 from tfxfer.errors import InputError
 from tfxfer.features.cut import cut_model
@@ -15,7 +16,7 @@ from tfxfer.model.freeze import freeze
 from tfxfer.specs import Stage
 from tfxfer.train.batches import EpochBatches
 from tfxfer.train.forgetting import SourceHead, make_regularizer
-from tfxfer.train.journal import Journal, OpenUnit
+from tfxfer.train.journal import Journal
 from tfxfer.train.loop import SuffixTrainer, Trained
 
 IMAGES, LABELS = pictures(22), np.arange(22) % 3
@@ -157,26 +158,13 @@ def test_a_strong_one_forgets_less(kind):
     assert np.abs(told - wanted).mean() < np.abs(let_go - wanted).mean()
 
 
-class Stop(Exception):
-    pass
-
-
 @pytest.mark.parametrize("kind", [pytest.param("l2_sp", marks=pytest.mark.slow), "lwf", "co_tuning"])
 def test_a_resumed_run_is_the_unstopped_one_bit_for_bit(tmp_path, kind):
     stage = dataclasses.replace(STAGE, epochs=3, regularizer=kind, layer_decay=0.8)
     whole = ready(stage)[1].run(ROWS, 3e-3, seed=7, held=np.arange(16, 22))
 
     def stopping(unit):
-        steps = 0
-
-        def save(arrays, facts):
-            nonlocal steps
-            OpenUnit.save(unit, arrays, facts)
-            steps += 1
-            if steps == 3:
-                raise Stop
-
-        unit.save, unit.due = save, lambda: True
+        stop_after_saves(unit, 3)
         return ready(stage)[1].run(ROWS, 3e-3, seed=7, held=np.arange(16, 22), unit=unit).state()
 
     with pytest.raises(Stop):

@@ -4,6 +4,7 @@ import keras
 import numpy as np
 import pytest
 from small_networks import moved, norm_model, pictures, spoil, values
+from stopping import Stop, stop_after_saves
 
 from tfxfer.features.cut import cut_model
 from tfxfer.features.extract import FrozenPrefix, extract
@@ -13,7 +14,7 @@ from tfxfer.methods.schedule import warmup_cosine
 from tfxfer.model.freeze import freeze
 from tfxfer.specs import Stage
 from tfxfer.train.batches import EpochBatches
-from tfxfer.train.journal import Journal, OpenUnit
+from tfxfer.train.journal import Journal
 from tfxfer.train.loop import NotFinite, SuffixTrainer, Trained
 
 IMAGES, LABELS = pictures(22), np.arange(22) % 3
@@ -244,25 +245,12 @@ def test_a_stage_in_parts_is_the_stage():
 # -- stopping and going on -----------------------------------------------------------------------------------------
 
 
-class Stop(Exception):
-    pass
-
-
 def resumed(tmp_path, stop_after: int, stage=STAGE, rate=3e-3, **options):
     """Save after every batch, stop after so many, go on with another trainer; what came out, and where it went on."""
     journal = Journal(tmp_path, every_seconds=0.0)
 
     def stopping(unit):
-        steps = 0
-
-        def save(arrays, facts):
-            nonlocal steps
-            OpenUnit.save(unit, arrays, facts)
-            steps += 1
-            if steps == stop_after:
-                raise Stop
-
-        unit.save, unit.due = save, lambda: True
+        stop_after_saves(unit, stop_after)
         _, trainer = ready(stage, dropout=0.3, views=("plain", "mirror"))
         return trainer.run(ROWS, rate, seed=7, unit=unit, **options).state()
 

@@ -5,6 +5,7 @@ import numpy as np
 import pytest
 import tensorflow as tf
 from small_networks import norm_model, pictures
+from stopping import Stop, stop_after_saves
 from test_loop import HELD, ROWS, ready
 from test_stages import PROBE, STRONG, data, small_digits  # noqa: F401 (fixtures)
 from test_step import batch, network
@@ -98,11 +99,7 @@ def test_the_scale_doubles_after_long_enough_and_not_above_its_bound():
 
 @pytest.mark.parametrize("precision", [pytest.param("bfloat16", marks=pytest.mark.slow), "float16"])
 def test_a_run_is_repeated_and_resumed_to_the_bit(tmp_path, precision):
-    from tfxfer.train.journal import OpenUnit
     from tfxfer.train.loop import Trained
-
-    class Stop(Exception):
-        pass
 
     def trainer():
         return ready(dropout=0.3, devices=Devices(precision=precision))[1]
@@ -113,16 +110,7 @@ def test_a_run_is_repeated_and_resumed_to_the_bit(tmp_path, precision):
     assert 0 < max(gaps) < 0.05
 
     def stopping(unit):
-        steps = 0
-
-        def save(arrays, facts):
-            nonlocal steps
-            OpenUnit.save(unit, arrays, facts)
-            steps += 1
-            if steps == 3:
-                raise Stop
-
-        unit.save, unit.due = save, lambda: True
+        stop_after_saves(unit, 3)
         return trainer().run(ROWS, 3e-3, seed=7, held=HELD, unit=unit).state()
 
     with pytest.raises(Stop):

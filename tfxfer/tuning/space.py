@@ -1,7 +1,6 @@
 """Spaces of plans: plain functions from KerasTuner's hyperparameters to a `Plan`."""
 
 import dataclasses
-import itertools
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -133,5 +132,4 @@ def _middle(depths: Sequence[int]) -> int:
 
 def describe(values: dict[str, Any]) -> dict[str, Any]:
     """Hyperparameters as tables show them: without KerasTuner's own, and without the suffix of a source."""
-    own = itertools.filterfalse(lambda item: item[0].startswith("tuner/"), values.items())
-    return {key.partition("/")[0]: value for key, value in own}
+    return {key.partition("/")[0]: value for key, value in values.items() if not key.startswith("tuner/")}

@@ -11,6 +11,7 @@ import numpy as np
 from tfxfer.runtime.files import atomic_path, write_json
 from tfxfer.specs import Plan
 from tfxfer.tuning.shared import Passes
+from tfxfer.tuning.trials import Trial
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -42,6 +43,17 @@ class Finished:
     seconds: float = 0.0
     passes: Passes = dataclasses.field(default_factory=Passes)
     held_probabilities: np.ndarray | None = None
+
+    @classmethod
+    def of_trial(
+        cls, trial_id: str, values: Mapping[str, Any], plan: Plan, trial: Trial, stopped_at: int | None = None
+    ) -> "Finished":
+        """What a trial gave, under KerasTuner's number."""
+        return cls(
+            trial_id, dict(values), plan, history=tuple(trial.history), stopped_at=stopped_at,
+            freeze_depth=trial.freeze_depth, num_trainable=trial.num_trainable, seconds=trial.seconds,
+            passes=trial.passes, held_probabilities=trial.held_probabilities,
+        )  # fmt: skip
 
     def best(self, name: str, direction: str = "max") -> float:
         """The best value of an epoch; NaN where it failed."""

@@ -58,7 +58,6 @@ def run_trial(
     epochs: int | None = None,
     initial_epoch: int = 0,
     callbacks: Sequence[keras.callbacks.Callback] = (),
-    devices: Devices | None = None,
 ) -> Trial:
     """Train a model by the stages of a plan.
 
@@ -72,7 +71,6 @@ def run_trial(
         initial_epoch: That it goes on from: earlier stages are left out, and the rate is warmed up and falls to zero
             once more, since KerasTuner keeps weights and no optimizer.
         callbacks: See the last stage, and the whole model.
-        devices: What takes the steps.
 
     Raises:
         InputError: Where the plan cannot be a trial.
@@ -90,7 +88,7 @@ def run_trial(
         model.get_layer("logits").set_weights([head.kernel, head.bias])
     trainers = StageTrainers(
         model, cut, extracted, shared.data, plan, tuned, freezing.depths, Outcome(), clock=Clock(), progress=Progress(),
-        journal=Journal(), devices=devices or Devices(), source_head=None,
+        journal=Journal(), devices=Devices(), source_head=None,
     )  # fmt: skip
     start = cut.suffix.get_weights()
     for index, stage in enumerate(tuned):

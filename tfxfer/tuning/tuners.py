@@ -18,11 +18,11 @@ from tfxfer.tuning.hypermodel import TransferHyperModel
 from tfxfer.tuning.store import Finished, TrialStore
 from tfxfer.tuning.trials import history_of
 
-TUNERS: dict[str, Callable[[], type]] = {
-    "random": lambda: keras_tuner.RandomSearch,
-    "bayesian": lambda: keras_tuner.BayesianOptimization,
-    "grid": lambda: keras_tuner.GridSearch,
-    "hyperband": lambda: keras_tuner.Hyperband,
+TUNERS: dict[str, type[keras_tuner.Tuner]] = {
+    "random": keras_tuner.RandomSearch,
+    "bayesian": keras_tuner.BayesianOptimization,
+    "grid": keras_tuner.GridSearch,
+    "hyperband": keras_tuner.Hyperband,
 }
 FACTOR = 3  # Hyperband's: of so many trials the best goes on, so many times as long
 STATE_FILES = ("oracle.json", "tuner0.json")
@@ -60,12 +60,7 @@ class _Watched:
             lines = (trial.message or "").strip().splitlines()
             why = record.failed if record else (lines[-1] if lines else "it gave no result")
             return Finished(trial.trial_id, dict(trial.hyperparameters.values), plan, failed=why)
-        done = record.trial
-        return Finished(
-            trial.trial_id, dict(record.values), plan, history=tuple(done.history), stopped_at=record.stopped_at,
-            freeze_depth=done.freeze_depth, num_trainable=done.num_trainable, seconds=done.seconds, passes=done.passes,
-            held_probabilities=done.held_probabilities,
-        )  # fmt: skip
+        return Finished.of_trial(trial.trial_id, record.values, plan, record.trial, record.stopped_at)
 
 
 def make_tuner(
@@ -98,7 +93,7 @@ def make_tuner(
     """
     if trials < 1:
         raise InputError(f"A search needs at least one trial, not {trials}.")
-    base = lookup(TUNERS, name, "tuner")()
+    base = lookup(TUNERS, name, "tuner")
     options: dict[str, Any] = {"max_trials": trials}
     if name == "hyperband":
         options = {"max_epochs": max_epochs, "factor": FACTOR, "hyperband_iterations": iterations(trials, max_epochs)}

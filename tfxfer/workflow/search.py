@@ -2,6 +2,7 @@
 
 import contextlib
 import functools
+import shutil
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -135,12 +136,12 @@ def search_by_plan(
         dataset.part(name)
     kept = folder.exists()
     (folder / SEARCH_FOLDER).mkdir(parents=True, exist_ok=True)
-    lock = contextlib.nullcontext() if part == "worker" or child else training_lock(folder / SEARCH_FOLDER)
+    helps = part == "worker" or child
+    lock = contextlib.nullcontext() if helps else training_lock(folder / SEARCH_FOLDER)
     try:
         with lock:
             if resume and (folder / RUN_FILE).is_file() and "search" in load_run(folder).info:
                 return load_run(folder)
-            helps = part == "worker" or child
             searcher = Searcher(
                 dataset, plan, cards, folder, options, space=space, keys=keys, resume=resume, helps=helps,
                 progress=progress, started=started, tries=members and functools.partial(members, folder),
@@ -151,7 +152,7 @@ def search_by_plan(
             return _trained(searcher, dataset, folder, formats, progress, started)
     except InputError:
         if not kept and not any((folder / SEARCH_FOLDER / "trials").glob("*")):
-            _remove(folder)  # nothing was tried: the name is free again
+            shutil.rmtree(folder)  # nothing was tried: the name is free again
         raise
 
 
@@ -175,9 +176,3 @@ def _folder(out: str | Path | None, data: Any, resume: bool) -> Path:
     if resume:
         raise InputError(f"{out or 'A search without --out'} is no search that was begun; drop --resume to begin one.")
     return new_run_folder(out, name)
-
-
-def _remove(folder: Path) -> None:
-    for path in sorted(folder.rglob("*"), key=lambda path: -len(path.parts)):
-        path.rmdir() if path.is_dir() else path.unlink()
-    folder.rmdir()

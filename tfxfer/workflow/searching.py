@@ -13,8 +13,9 @@ import keras_tuner
 import numpy as np
 
 from tfxfer.data import Dataset
-from tfxfer.errors import InputError, did_you_mean
+from tfxfer.errors import InputError
 from tfxfer.metrics import score
+from tfxfer.registry import lookup
 from tfxfer.report.plots import Point, write_depth_plot
 from tfxfer.runtime.files import write_json, write_text
 from tfxfer.runtime.progress import Progress
@@ -57,8 +58,7 @@ class Options:
     stop_early: bool = True
 
     def __post_init__(self) -> None:
-        if self.tuner not in TUNERS:
-            raise InputError(f"Unknown tuner {self.tuner!r}. {did_you_mean(self.tuner, TUNERS)}")
+        lookup(TUNERS, self.tuner, "tuner")
         for name, least in (("trials", 1), ("epochs", 0), ("finalists", 0), ("repeats", 1)):
             if getattr(self, name) < least:
                 raise InputError(f"The search's {name} must be at least {least}, not {getattr(self, name)}.")
@@ -202,11 +202,7 @@ class Searcher:
             done = run_trial(model, plan, shared, auto_depth(self.hypermodel.card_of(plan)), epochs=self.max_epochs)
         except NotFinite as error:
             return Finished(name, values, plan, failed=f"its {error}, is not a number")
-        return Finished(
-            name, values, plan, history=tuple(done.history), freeze_depth=done.freeze_depth,
-            num_trainable=done.num_trainable, seconds=done.seconds, passes=done.passes,
-            held_probabilities=done.held_probabilities,
-        )  # fmt: skip
+        return Finished.of_trial(name, values, plan, done)
 
     def _final_plan(self, winner: Finished) -> Plan:
         """As the trial was, for as many epochs."""
@@ -327,7 +323,7 @@ class Searcher:
             raise InputError(f"{self.folder} is already a search; go on with it by --resume, or give another --out.")
 
     def _recipe(self, plan: Plan):
-        """The plan's own stages where each has one rate, else those of the default space."""
+        """The plan's own stages at one rate; those of the default space where a table or the data's size decides."""
         if plan.recipe.by_table or plan.recipe.by_size:
             return default_plan(source_of(plan)).recipe
         return with_stage(plan.recipe, {"learning_rates": (1e-3,)}, {})
