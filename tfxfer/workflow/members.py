@@ -5,6 +5,7 @@ import os
 import signal
 import socket
 import subprocess
+import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
 
@@ -63,7 +64,10 @@ def run_members(command: Sequence[str], num_workers: int, progress: Progress) ->
     with _all_ended() as processes:
 
         def start(name: str) -> None:
-            processes[name] = subprocess.Popen(command, env={**common, ID: name}, stdout=subprocess.DEVNULL)
+            # Not the descriptor 2 that they would inherit: `quiet_libraries` has sent that one nowhere.
+            processes[name] = subprocess.Popen(
+                command, env={**common, ID: name}, stdout=subprocess.DEVNULL, stderr=sys.stderr
+            )
 
         start("chief")
         names = [f"worker-{number}" for number in range(1, num_workers + 1)]
